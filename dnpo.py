@@ -1,0 +1,529 @@
+"""DNPO, Dynamic Noise Preference Optimization (Yang et al. 2025, arXiv 2502.05400), and its baseline SPIN (arXiv 2401.01335).
+
+A language model improves on its own answers. In iteration k the policy pi_theta starts from pi_k, which is also the reference:
+
+  sample   y' ~ pi_k(.|x) for every prompt x that has an annotated answer y*
+  DSL      (y+, y-) = (y*, y') if s* >= s' else (y', y*)             s*, s': a judge's scores of the two
+  NPO      z^_j = z_j + sigma_j * eps_j,  sigma_j = W h_j + b,  eps_j ~ N(0, I)   on the reference's logits z_j, negative answer only
+           log p_noise(y-|x) = sum_j log softmax(z^_j)[y-_j]
+           m = beta [ log pi_theta(y+)/pi_k(y+) - log pi_theta(y-)/p_noise(y-) ],   l(m) = -log sigmoid(m)
+           min over theta, max over (W, b) of E l(m), with sigma^2 small                                    (Obj. 10)
+
+and the result is pi_{k+1}. SPIN is the same without judge (y+ = y*) and without noise. Why noise: once the policy is sure of
+y+ over y-, sigmoid(-m), the factor on its gradient, is near 0 and training stalls. logsumexp is convex, so noise on logits lowers
+E log softmax(z + sigma eps)[y]: log p_noise(y-) falls, m falls, the gradient returns. Inference never sees the noise.
+
+Differs from the paper, or is not specified by it (ours unless said):
+ 1. The constraint sigma^2 < epsilon is a penalty alpha mean(sigma^2) over the negatives' tokens and the vocabulary.
+ 2. Joint update: L = l(m, sigma detached) - l(m, theta detached) + alpha mean(sigma^2): the reading of the paper's primed term under which
+    the two losses do not cancel. `--noise_update alternating` is the paper's Fig. 3: a noise step, then a model step with new noise.
+ 3. W = 0 and b = `noise_init` at the start of every iteration; alpha, the initial value and the noise's learning rate are not published.
+ 4. Iteration k starts from pi_k (the authors' code restarts from the base model), with a fresh optimizer and learning-rate curve.
+ 5. The judge's rubric (common.py) is ours; the paper's judge is GPT-4o-mini (`--judge api:gpt-4o-mini`), the default here an open reward model.
+ 6. Ties keep the annotation on top, as in DSL above; `--ties drop` leaves them out. Identical answers are always left out.
+ 7. The noise of an answer comes from a seed of its own, so that micro-batches, chunks and ranks change nothing.
+
+    python dnpo.py                                     # laptop: the toy world, minutes
+    python dnpo.py --preset paper --limit 2000         # one GPU, a tenth of the paper's data
+    torchrun --nproc_per_node 8 dnpo.py                # the paper's run
+"""
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
+
+import toy
+from common import (CHUNK, Scorer, barrier, collate, die, hold_out, load_lm, load_rows, load_state, load_tokenizer, make_judge, memory_gib, metric_line, open_run,
+                    parse, phase, progress, prompt_ids, ranks, response_ids, save_checkpoint, save_state, seed_of, sum_ranks, table, token_logps,
+                    truncate_metrics, write_atomic)
+from generate import generate
+
+
+@dataclass(frozen=True)
+class Config:
+    # the method
+    iterations: int = 3  # DNPO iterations after the warm start
+    warmup_iterations: int = 1  # SPIN iterations before them (the paper's iteration 0)
+    labels: Literal["judge", "annotation"] = "judge"  # who says which answer is the positive: a judge (DSL), or always the annotation (SPIN)
+    ties: Literal["keep", "drop"] = "keep"  # equal scores: keep the annotation as the positive, or drop the pair
+    noise: bool = True  # trainable noise on the reference (NPO)
+    noise_update: Literal["joint", "alternating"] = "joint"  # one pass for model and noise, or a noise step before every model step
+    noise_init: float = 0.1  # standard deviation of the noise at the start of an iteration
+    noise_penalty: float = 0.1  # alpha, weight of mean(sigma^2)
+    noise_lr: float = 1e-4  # learning rate of W and b
+    beta: float = 0.1  # the papers' lambda
+    mix_previous: bool = True  # train on the previous iteration's pairs too, as SPIN does
+    # data
+    model: str = "alignment-handbook/zephyr-7b-sft-full"  # model folder or Hub id to start from
+    data: str = "HuggingFaceH4/ultrachat_200k:train_sft"  # annotated prompts: .jsonl, .json or .parquet file, or Hub id[:SPLIT]
+    test: str | None = None  # held-out annotated prompts (without it: a tenth of --data, by a hash of the prompt)
+    judge: str = "rm:Skywork/Skywork-Reward-V2-Llama-3.1-8B"  # toy, hf:PATH, rm:PATH, api:MODEL, or none (SPIN needs none)
+    limit: int | None = 20000  # use the first LIMIT training prompts (and at most as many held-out ones)
+    test_prompts: int = 500  # held-out prompts to measure on
+    temperature: float = 1.0  # of the sampling
+    max_prompt: int = 512  # tokens; a longer prompt is left out and counted
+    max_response: int = 512  # tokens; a longer answer is cut, and gets no end-of-sequence token
+    # optimisation
+    lr: float = 5e-7  # peak learning rate
+    warmup: float = 0.1  # share of an iteration's steps in which the learning rate rises; then it falls as a cosine
+    epochs: int = 2  # passes over an iteration's pairs
+    batch: int = 64  # pairs per optimizer step, over all ranks
+    micro_batch: int = 4  # pairs per forward pass and rank; changes memory, not results
+    clip: float = 1.0  # gradient norm is clipped to this
+    max_steps: int | None = None  # stop every iteration after this many optimizer steps
+    seed: int = 0  # of sampling, order and noise
+    # system
+    preset: Literal["toy", "paper"] = "paper"  # all other defaults; unset: paper under CUDA, else toy
+    parallel: Literal["none", "ddp", "fsdp"] = "fsdp"  # under torchrun: replicate the model or shard it
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights and optimizer stay in float32
+    activation_checkpointing: bool = True  # recompute activations in the backward pass
+    sample_batch: int = 64  # answers sampled or scored at a time
+    save_every: int = 50  # optimizer steps between training states
+    out: str = "runs/dnpo"  # folder of the run
+    resume: bool = False  # go on with the run in --out
+    overwrite: bool = False  # delete the run in --out and begin again
+    dry_run: bool = False  # check everything, show the plan and one example, and stop before any model is loaded
+
+    def __post_init__(self):
+        for name in ("beta", "lr", "noise_lr", "batch", "micro_batch", "sample_batch", "save_every", "max_prompt", "max_response", "test_prompts", "epochs", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
+        for name in ("iterations", "warmup_iterations", "noise_init", "noise_penalty", "temperature", "warmup"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} must not be negative, not {getattr(self, name)}")
+        if self.judge == "none" and self.labels == "judge":
+            raise ValueError("--labels judge needs a judge; with --judge none use --labels annotation")
+
+
+TOY = dict(model="runs/toy/sft", data="runs/toy/train.jsonl", test="runs/toy/test.jsonl", judge="toy", limit=1500, max_response=64, beta=0.5, lr=2e-5,
+           mix_previous=False, micro_batch=16, sample_batch=250, parallel="ddp", dtype="float32", activation_checkpointing=False)
+
+
+# ---------------------------------------------------------------- the equations
+
+
+def dynamic_labels(annotated: float, generated: float) -> str:
+    """DSL: scores s* of the annotated and s' of the generated answer -> the positive one: "annotated" if s* >= s' else "generated"."""
+    return "annotated" if annotated >= generated else "generated"
+
+
+def noisy_token_logps(logits: Tensor, std: Tensor, eps: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(z + sigma * eps)[y], the reparameterised noise on the reference's logits.
+    logits z, std sigma, eps: [N, V], targets y: [N] -> [N]."""
+    return token_logps(logits.float() + std.float() * eps, targets)
+
+
+def preference_margin(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+    """m = beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ]; in NPO the second pi_ref is p_noise.
+    logps, ref_logps: [2B], positives first -> [B]."""
+    positive, negative = (beta * (logps - ref_logps)).chunk(2)  # the implicit rewards [B]
+    return positive - negative
+
+
+def preference_losses(margin: Tensor) -> Tensor:
+    """l(m) = -log sigmoid(m). [B] -> [B]."""
+    return F.softplus(-margin)
+
+
+def model_losses(logps: Tensor, noisy_ref_logps: Tensor, beta: float) -> Tensor:
+    """theta's part of Obj. 10, noise held: l(m). [2B], [2B] -> [B]."""
+    return preference_losses(preference_margin(logps, noisy_ref_logps.detach(), beta))
+
+
+def noise_losses(logps: Tensor, noisy_ref_logps: Tensor, beta: float) -> Tensor:
+    """The noise's part of Obj. 10, theta held: -l(m), to which its penalty alpha mean(sigma^2) is added. [2B], [2B] -> [B]."""
+    return -preference_losses(preference_margin(logps.detach(), noisy_ref_logps, beta))
+
+
+# ---------------------------------------------------------------- the noise
+
+
+class NoiseHead(nn.Linear):
+    """sigma = W h + b, one standard deviation per response position and vocabulary entry: h [N, D] -> [N, V]. At the start W = 0, b = init."""
+
+    def __init__(self, width: int, vocabulary: int, init: float):
+        super().__init__(width, vocabulary)
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, init)
+
+
+def draw(seeds: list[int], lengths: list[int], vocabulary: int, device) -> Tensor:
+    """eps ~ N(0, I) [sum of lengths, V], each stretch from its own seed: batch-mates, chunks and ranks change nothing."""
+    return torch.cat([torch.randn(n, vocabulary, device=device, generator=torch.Generator(device).manual_seed(s)) for s, n in zip(seeds, lengths)])
+
+
+class NoisyReference(Scorer):
+    """The frozen reference, with a trainable NoiseHead on the logits of negative answers (none: init is None, plain SPIN)."""
+
+    def __init__(self, lm, init: float | None):
+        super().__init__(lm.requires_grad_(False).eval())
+        self.noise = None if init is None else NoiseHead(lm.config.hidden_size, lm.get_output_embeddings().out_features, init)
+
+    def forward(self, ids: Tensor, mask: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, mask: [2B, T], positives first; one seed per negative -> log-probs [2B] (noisy for the negatives),
+        and, per negative, the sums over its tokens of mean_v(sigma) and mean_v(sigma^2): [B], [B]."""
+        B = len(ids) // 2
+        with torch.no_grad():
+            h, y, row = self.hidden(ids, mask)
+            negative = row >= B if self.noise else torch.zeros_like(row, dtype=torch.bool)
+            out = h.new_zeros(2 * B, dtype=torch.float32).index_add(0, row[~negative], self.head(h[~negative], y[~negative]))
+        first, second = h.new_zeros(B, dtype=torch.float32), h.new_zeros(B, dtype=torch.float32)
+        h, y, row = h[negative], y[negative], row[negative]
+        lengths = mask[B:, 1:].sum(1).tolist() if self.noise else []
+        stretches = [(seeds[b] + at, min(CHUNK, n - at)) for b, n in enumerate(lengths) for at in range(0, n, CHUNK)]
+        while stretches:  # as many whole stretches as fit: never more than CHUNK x V of noisy logits alive
+            count = sum(total <= CHUNK for total in itertools.accumulate(n for _, n in stretches))
+            (s, n), stretches = zip(*stretches[:count]), stretches[count:]
+
+            def noisy(h, y, s=s, n=n):
+                std = self.noise(h)
+                logps = noisy_token_logps(self.lm.lm_head(h), std, draw(s, n, std.shape[1], h.device), y)
+                return logps, std.float().mean(1), std.float().square().mean(1)
+            N = sum(n)
+            logps, mean, square = checkpoint(noisy, h[:N], y[:N], use_reentrant=False, preserve_rng_state=False)
+            out, first, second = out.index_add(0, row[:N], logps), first.index_add(0, row[:N] - B, mean), second.index_add(0, row[:N] - B, square)
+            h, y, row = h[N:], y[N:], row[N:]
+        return out, first, second
+
+
+# --- same in dnpo.py, tso.py, sams.py: setup ---
+def setup(c) -> torch.device:
+    """Joins the process group if torchrun started us, picks the device, and makes the toy world if it is asked for and missing."""
+    cuda, under_torchrun = torch.cuda.is_available(), "RANK" in os.environ
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if under_torchrun:
+        if c.parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
+            die("--parallel none trains on one process: start it without torchrun, or use --parallel ddp or fsdp")
+        if cuda:
+            torch.cuda.set_device(device)
+        # phases differ in length from rank to rank (a slow judge, a long answer): waiting is no fault, a dead rank ends the run through torchrun
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=2))
+    if c.batch % ranks()[1] or c.batch // ranks()[1] % min(c.micro_batch, c.batch // ranks()[1]):
+        die(f"--batch {c.batch} can't be divided by {ranks()[1]} ranks x --micro_batch {c.micro_batch}")
+    if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
+        if ranks()[0] == 0:
+            toy.make(Path("runs/toy"))
+        barrier()
+    return device
+# --- end: setup ---
+
+
+# --- same in dnpo.py, tso.py, sams.py: shard ---
+def shard(module: nn.Module, c, device) -> nn.Module:
+    """A Scorer in float32 on the CPU -> ready for the loop: activation checkpointing, then DDP, FSDP2 or one device."""
+    trained = any(p.requires_grad for p in module.parameters())
+    if c.activation_checkpointing and any(p.requires_grad for p in module.lm.parameters()):
+        for layer in module.lm.model.layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    if dist.is_initialized() and c.parallel == "fsdp":
+        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, c.dtype), reduce_dtype=torch.float32)
+        for layer in module.lm.model.layers:
+            fully_shard(layer, mp_policy=policy)
+        return fully_shard(module, mp_policy=policy)  # the root holds embedding and head together: they may be tied
+    module = module.to(device)
+    return DDP(module) if dist.is_initialized() and trained else module
+
+
+def compute(c, device, *modules, last: bool):
+    """Context of a forward and backward pass: bf16 autocast (FSDP casts by itself), and no DDP traffic before the step's last micro-batch."""
+    stack = contextlib.ExitStack()
+    if c.dtype == "bfloat16" and not any(isinstance(m, FSDPModule) for m in modules):
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+    for m in modules:
+        if isinstance(m, DDP) and not last:
+            stack.enter_context(m.no_sync())
+    return stack
+# --- end: shard ---
+
+
+# --- same in dnpo.py, tso.py, sams.py: order ---
+def step_order(n: int, c, *seed) -> list[list[int]]:
+    """The pairs' indices of every optimizer step: a seeded permutation per epoch, cut into batches; an epoch's last may be smaller."""
+    steps = []
+    for epoch in range(c.epochs):
+        order = random.Random(seed_of(*seed, epoch)).sample(range(n), n)
+        steps += [order[i:i + c.batch] for i in range(0, n, c.batch)]
+    return steps[:c.max_steps]
+
+
+def micro_batches(step: list[int], c) -> list[tuple[list[int], list[float]]]:
+    """This rank's share of a step as (indices, weights). Every rank gets equally many, equally large ones; places left over
+    are filled with a pair of weight 0. The loss is divided by the pairs of the whole step, so the split changes nothing."""
+    rank, world = ranks()
+    micro = min(c.micro_batch, math.ceil(len(step) / world))
+    share = math.ceil(len(step) / (world * micro)) * micro
+    mine = [(i, 1.0) for i in step] + [(step[0], 0.0)] * (share * world - len(step))
+    return [tuple(zip(*mine[rank::world][i:i + micro])) for i in range(0, share, micro)]
+
+
+def lr_factor(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` of the steps, then a cosine to 0; step counts from 0."""
+    rise = max(1, round(warmup * steps))
+    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
+    """Clips, steps, clears; -> the gradient's norm before clipping."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(params, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+# --- end: order ---
+
+
+# ---------------------------------------------------------------- one iteration's training
+
+
+def encode_pairs(tok, rows: list[dict], c) -> tuple[list[tuple], dict[str, int]]:
+    """Rows -> (prompt ids, positive ids, negative ids); pairs that teach nothing are left out and counted."""
+    pairs, dropped = [], {"prompt too long": 0, "identical": 0, "empty": 0}
+    for row in rows:
+        p = prompt_ids(tok, row["prompt"])
+        y = [response_ids(tok, row[side], row["meta"][f"{side}_ended"], c.max_response) for side in ("chosen", "rejected")]
+        why = "prompt too long" if len(p) > c.max_prompt else "identical" if y[0] == y[1] else "empty" if not (y[0] and y[1]) else None
+        if why:
+            dropped[why] += 1
+        else:
+            pairs.append((p, *y))
+    return pairs, dropped
+
+
+def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, device, noise: bool):
+    """pi_{k+1} from pi_k on one iteration's pairs, into folder/checkpoint; training states in folder/state.pt, lines in metrics.jsonl."""
+    policy = shard(Scorer(load_lm(start, torch.float32, "cpu", train=True)), c, device)
+    reference = shard(NoisyReference(load_lm(start, torch.float32, "cpu"), c.noise_init if noise else None), c, device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
+    parts = {"policy": (policy, optimizer)}
+    if noise:
+        parts["noise"] = reference, torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=c.noise_lr, weight_decay=0.0)
+    updates = ["model"] if not noise else {"joint": ["joint"], "alternating": ["noise", "model"]}[c.noise_update]
+
+    steps, state, metrics = step_order(len(pairs), c, c.seed, "order", iteration), folder / "state.pt", folder.parent / "metrics.jsonl"
+    first = load_state(state, parts)["step"] if state.exists() else 0
+    if ranks()[0] == 0:
+        truncate_metrics(metrics, lambda m: (m["iteration"], m["step"]) <= (iteration, first))
+    barrier()
+    bar, started = progress(range(first, len(steps)), f"iter {iteration}"), time.time()
+    for step in bar:
+        B, N = len(steps[step]), sum(len(pairs[i][2]) for i in steps[step])  # of the whole step: every rank knows all rows
+        factor, sums, norms = lr_factor(step, len(steps), c.warmup), {}, {}
+        for update in updates:
+            micros = micro_batches(steps[step], c)
+            for j, (indices, weights) in enumerate(micros):
+                ids, mask = collate([pairs[i][:2] for i in indices] + [(pairs[i][0], pairs[i][2]) for i in indices], device)
+                weight, seeds = torch.tensor(weights, device=device), [seed_of(c.seed, "noise", iteration, step, update, i) for i in indices]
+                with compute(c, device, policy, reference, last=j + 1 == len(micros)):
+                    with torch.set_grad_enabled(update != "noise"):
+                        logps = policy(ids, mask)  # [2B]
+                    with torch.set_grad_enabled(update != "model"):
+                        ref_logps, sigma, sigma_squared = reference(ids, mask, seeds)  # [2B], [B], [B]
+                    model, against = model_losses(logps, ref_logps, c.beta), noise_losses(logps, ref_logps, c.beta)
+                    penalty = c.noise_penalty * (weight * sigma_squared).sum() / N
+                    losses = {"model": model, "noise": against, "joint": model + against}[update]
+                    loss = (weight * losses).sum() / B + (penalty if update != "model" else 0)
+                    (loss * ranks()[1]).backward()  # DDP and FSDP average over ranks
+                if update != "noise":
+                    positive, negative = (c.beta * (logps - ref_logps)).detach().chunk(2)
+                    for name, value in {"loss": model, "rewards/chosen": positive, "rewards/rejected": negative, "rewards/margins": positive - negative,
+                                        "rewards/accuracies": (positive > negative).float(), "logps/chosen": logps[:len(weight)], "logps/rejected": logps[len(weight):],
+                                        "noise/std": sigma * B / N, "noise/square": sigma_squared * B / N,
+                                        "noise/loss": against + c.noise_penalty * sigma_squared * B / N}.items():
+                        sums[name] = sums.get(name, 0.0) + (weight * value.detach()).sum().item() / B
+            for name in {"model": ["policy"], "noise": ["noise"], "joint": ["policy", "noise"]}[update]:
+                norms[name] = take_step(parts[name][1], factor * {"policy": c.lr, "noise": c.noise_lr}[name], c.clip)
+        m = sum_ranks(sums, device)
+        m |= {"noise/spread": max(0.0, m.pop("noise/square") - m["noise/std"] ** 2) ** 0.5} if noise else {}
+        done = step - first + 1
+        m = {"iteration": iteration, "step": step + 1} | m | {"grad_norm": norms["policy"], "lr": factor * c.lr, "memory_gib": memory_gib(device),
+             "pairs_per_second": sum(map(len, steps[first:step + 1])) / (time.time() - started)}
+        if not math.isfinite(m["loss"]):
+            sys.exit(f"error: the loss is {m['loss']} at iteration {iteration}, step {step + 1}, pairs {steps[step]}: lower --lr, or look at these rows")
+        if step == 0 and abs(m["rewards/chosen"]) > 1e-3:
+            print(f"warning: before the first step the policy differs from its reference by a reward of {m['rewards/chosen']:+.4f}; it should be 0", file=sys.stderr)
+        if ranks()[0] == 0:
+            with open(metrics, "a") as file:
+                file.write(json.dumps(m) + "\n")
+            line = metric_line(m, len(steps), (time.time() - started) / done * (len(steps) - step - 1))
+            bar.set_description_str(line)
+            if bar.disable and (step + 1) % max(1, len(steps) // 4) == 0:
+                print(line, flush=True)
+        if (step + 1) % c.save_every == 0 and step + 1 < len(steps):
+            save_state(state, parts, step=step + 1)
+    save_checkpoint(folder / "checkpoint", policy, tok, start)
+    if ranks()[0] == 0:
+        state.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- phases: sample -> label -> train -> measure
+
+
+def label(c, iteration: int, rows: list[dict], drawn: list[dict], folder: Path, judge, dsl: bool) -> list[dict]:
+    """DSL: annotated rows and the model's answers to them -> preference rows in folder/pairs.jsonl (unreadable and, if asked, tied ones too:
+    chosen is None there, so that they are counted)."""
+    def work(items, seed):
+        prompts = [rows[i]["prompt"] for i in items]
+        own = judge.score([(p, rows[i]["response"]) for p, i in zip(prompts, items)]) if dsl else [None] * len(items)
+        new = judge.score([(p, drawn[i]["response"]) for p, i in zip(prompts, items)]) if dsl else [None] * len(items)
+        out = []
+        for i, s, t in zip(items, own, new):
+            sides = {"annotated": (rows[i]["response"], True), "generated": (drawn[i]["response"], drawn[i]["meta"]["finish"] == "stop")}
+            unusable = dsl and (None in (s, t) or (c.ties == "drop" and s == t))
+            chosen = None if unusable else dynamic_labels(s, t) if dsl else "annotated"
+            (y, ended), (z, z_ended) = (sides[chosen], sides["generated" if chosen == "annotated" else "annotated"]) if chosen else ((None, True), (None, True))
+            out.append({"id": rows[i]["id"], "prompt": rows[i]["prompt"], "chosen": y, "rejected": z, "meta": {
+                "iteration": iteration, "swapped": chosen == "generated", "why": None if chosen else "unreadable" if None in (s, t) else "tie",
+                "score_annotated": s, "score_generated": t, "chosen_ended": ended, "rejected_ended": z_ended}})
+        return out
+    return phase(folder / "pairs.jsonl", list(range(len(rows))), work, c.sample_batch, [iteration, c.ties, dsl, c.judge, [d["response"] for d in drawn]],
+                 note=f"iter {iteration}: label")
+
+
+def measure(c, iteration: int, model: str, train_rows: list[dict], test_rows: list[dict], pairs: list[dict], folder: Path, tok, judge, device) -> dict:
+    """What model k is worth, in files: folder/test.jsonl, its answers to held-out prompts with the judge's scores, and folder/logps.jsonl,
+    its log pi of the positives and negatives it was trained on and of its new answers to the same prompts (Fig. 2)."""
+    dtype, lm = getattr(torch, c.dtype), None
+    usable = [row for row in pairs if row["chosen"] is not None][:len(test_rows)]
+    asked = test_rows + [{"id": row["id"], "prompt": row["prompt"], "response": None} for row in usable]
+    drawn = generate(folder / "answers.jsonl", asked, [prompt_ids(tok, row["prompt"]) for row in asked], model, tok, n=1, temperature=c.temperature,
+                     max_new_tokens=c.max_response, batch=c.sample_batch, seed=seed_of(c.seed, "answers", iteration), dtype=dtype, device=device,
+                     note=f"iter {iteration}: answer held-out prompts")
+
+    def score(items, seed):
+        scores = [judge.score([(row["prompt"], text) for row, text in side]) if judge else [None] * len(side)
+                  for side in ([(test_rows[i], drawn[i]["response"]) for i in items], [(test_rows[i], test_rows[i]["response"]) for i in items])]
+        return [drawn[i] | {"annotated": test_rows[i]["response"], "meta": drawn[i]["meta"] | {"score": s, "score_annotated": t}} for i, s, t in zip(items, *scores)]
+
+    def logp(items, seed):
+        nonlocal lm
+        lm = lm or Scorer(load_lm(model, dtype, device))
+        texts = [(k, text, ended) for k in items for text, ended in (
+            (usable[k]["chosen"], usable[k]["meta"]["chosen_ended"]), (usable[k]["rejected"], usable[k]["meta"]["rejected_ended"]),
+            (drawn[len(test_rows) + k]["response"], drawn[len(test_rows) + k]["meta"]["finish"] == "stop"))]
+        found = []
+        for i in range(0, len(texts), 3 * c.micro_batch):
+            with torch.no_grad():
+                found += lm(*collate([(prompt_ids(tok, usable[k]["prompt"]), response_ids(tok, text, ended, c.max_response))
+                                      for k, text, ended in texts[i:i + 3 * c.micro_batch]], device)).tolist()
+        return [{"id": usable[k]["id"], "positive": found[3 * i], "negative": found[3 * i + 1], "new": found[3 * i + 2]} for i, k in enumerate(items)]
+    tested = phase(folder / "test.jsonl", list(range(len(test_rows))), score, c.sample_batch, [c.judge, model], note=f"iter {iteration}: judge")
+    logps = phase(folder / "logps.jsonl", list(range(len(usable))), logp, c.sample_batch, model, note=f"iter {iteration}: log-probs")
+
+    mean = lambda values: sum(values) / len(values) if values else None
+    scored = [(row["meta"]["score"], row["meta"]["score_annotated"]) for row in tested if None not in (row["meta"]["score"], row["meta"]["score_annotated"])]
+    full = judge.full if judge else None
+    return {"score": mean([s for s, _ in scored]), "full_marks": mean([float(s >= full) for s, _ in scored]) if full else None,
+            "win": mean([float(s > t) for s, t in scored]), "tie": mean([float(s == t) for s, t in scored]), "loss": mean([float(s < t) for s, t in scored]),
+            "cut": mean([float(row["meta"]["finish"] == "length") for row in tested]),
+            **{f"logp_{name}": mean([row[name] for row in logps]) for name in ("positive", "negative", "new")}}
+
+
+def show_plan(c, tok, train_rows, test_rows, dropped, device):
+    """The header: what will be done with what, and one example with its loss mask."""
+    why = f"default {'under' if torch.cuda.is_available() else 'without'} CUDA" if "--preset" not in " ".join(sys.argv) else "asked for"
+    print(f"DNPO · preset {c.preset} ({why}) · {c.warmup_iterations} warm-up (SPIN) + {c.iterations} iterations · labels {c.labels} · "
+          f"noise {c.noise_update if c.noise else 'off'} · judge {c.judge}{' (an open reward model; the paper asks GPT-4o-mini)' if c.judge == Config.judge else ''}")
+    print(f"data {c.data}: {len(train_rows)} training, {len(test_rows)} held-out prompts" + "".join(f", {n} left out: {w}" for w, n in dropped.items() if n))
+    world, micro = ranks()[1], min(c.micro_batch, c.batch // ranks()[1])
+    print(f"batch {c.batch} = {world} ranks x {micro} pairs x {c.batch // world // micro} micro-batches · at most "
+          f"{len(step_order(len(train_rows), c)) * (1 + c.mix_previous)} steps an iteration · {device} · {c.parallel if dist.is_initialized() else 'one process'} · "
+          f"weights float32, compute {c.dtype}" + (" · activation checkpointing" if c.activation_checkpointing else ""))
+    row = train_rows[0]
+    p, y = prompt_ids(tok, row["prompt"]), response_ids(tok, row["response"], True, c.max_response)
+    print(f"example {row['id']}, no loss: {tok.decode(p)!r}\n{' ' * len(row['id'])}    with loss: {tok.decode(y)!r} ({len(p)} + {len(y)} tokens)", flush=True)
+
+
+def main():
+    c = parse(Config, {"toy": TOY, "paper": {}})
+    device = setup(c)
+    # every check of the input comes before the first weight is read
+    rows, dropped = load_rows(c.data, "response", None if c.test is None and c.limit is None else c.limit if c.test else None)
+    train_rows, test_rows = (rows, load_rows(c.test, "response", c.test_prompts)[0]) if c.test else hold_out(rows)
+    train_rows, test_rows = train_rows[:c.limit], test_rows[:min(c.test_prompts, c.limit or c.test_prompts)]
+    tok, config = load_tokenizer(c.model)
+    if c.max_prompt + c.max_response > config.max_position_embeddings:
+        die(f"--max_prompt {c.max_prompt} + --max_response {c.max_response} is more than {c.model}'s context of {config.max_position_embeddings} tokens")
+    fits = lambda row: len(prompt_ids(tok, row["prompt"])) <= c.max_prompt
+    kept = [row for row in train_rows if fits(row)], [row for row in test_rows if fits(row)]
+    dropped["prompts longer than --max_prompt"] = len(train_rows) + len(test_rows) - sum(map(len, kept))
+    train_rows, test_rows = kept
+    if not train_rows or not test_rows:
+        die(f"{c.data}: {len(train_rows)} training and {len(test_rows)} held-out prompts of at most {c.max_prompt} tokens: too few (--test names held-out data)")
+    judge = make_judge(c.judge, Path(c.out) / "judge", device, getattr(torch, c.dtype))
+    if ranks()[0] == 0:
+        show_plan(c, tok, train_rows, test_rows, dropped, device)
+    if c.dry_run:
+        return
+    out, started = open_run(c, [c.data, c.test], may_change=("resume", "overwrite", "iterations", "parallel", "micro_batch", "save_every")), time.time()
+
+    model, previous, results = c.model, [], []
+    for iteration in range(c.warmup_iterations + c.iterations + 1):  # iteration 0 only measures the model we start from
+        folder = out / f"iter{iteration}"
+        dsl, noise = (iteration > c.warmup_iterations and on for on in (c.labels == "judge", c.noise))
+        pairs, trained = [], {"update": "start"}
+        if iteration:
+            drawn = generate(folder / "responses.jsonl", train_rows, [prompt_ids(tok, row["prompt"]) for row in train_rows], model, tok, n=1,
+                             temperature=c.temperature, max_new_tokens=c.max_response, batch=c.sample_batch, seed=seed_of(c.seed, "responses", iteration),
+                             dtype=getattr(torch, c.dtype), device=device, note=f"iter {iteration}: sample")
+            pairs = label(c, iteration, train_rows, drawn, folder, judge, dsl)
+            if judge:
+                judge.free()
+            usable = [row for row in pairs + (previous if c.mix_previous else []) if row["chosen"] is not None]
+            encoded, left_out = encode_pairs(tok, usable, c)
+            if not encoded:
+                die(f"iteration {iteration}: no pair left to train on: " + ", ".join(f"{n} {why}" for why, n in left_out.items()))
+            if not (folder / "checkpoint").exists():
+                train(c, iteration, encoded, model, folder, tok, device, noise)
+            model, previous = str(folder / "checkpoint"), pairs
+            steps = [m for m in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if m["iteration"] == iteration]
+            trained = {"update": "dnpo" if dsl or noise else "spin", "swapped": sum(row["meta"]["swapped"] for row in pairs) / len(pairs), "pairs": len(encoded),
+                       **{f"dropped_{why.replace(' ', '_')}": n for why, n in (left_out | {w: sum(row["meta"]["why"] == w for row in pairs)
+                                                                                        for w in ("tie", "unreadable")}).items()},
+                       "noise_std": steps[-1]["noise/std"] if noise else None, "grad_norm": sum(m["grad_norm"] for m in steps) / len(steps), "steps": len(steps)}
+        results.append({"iteration": iteration} | measure(c, iteration, model, train_rows, test_rows, pairs, folder, tok, judge, device) | trained)
+        if judge:
+            judge.free()
+        if ranks()[0] == 0:
+            write_atomic(out / "results.json", json.dumps({"iterations": results, "seed": c.seed, "seconds": round(time.time() - started, 1)}, indent=1))
+    if ranks()[0] == 0:
+        report(out, results, model, started)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def report(out: Path, results: list[dict], model: str, started: float):
+    """samples.md, the table of results, and where the model is."""
+    answers = [[json.loads(line) for line in (out / f"iter{r['iteration']}" / "test.jsonl").read_text().splitlines()[:3]] for r in results]
+    text = "# Three held-out prompts, the annotated answer, and the model's after each iteration\n"
+    for k, first in enumerate(answers[0]):
+        text += f"\n## {first['prompt'][-1]['content']}\n\nannotated: {first['annotated']}\n" + "".join(f"\niteration {i}: {rows[k]['response']}\n" for i, rows in enumerate(answers))
+    write_atomic(out / "samples.md", text)
+    print(table(results, ["iteration", "update", "score", "full_marks", "win", "tie", "loss", "swapped", "noise_std", "logp_positive", "logp_negative", "logp_new", "grad_norm"]))
+    print(f"{time.time() - started:.0f} s · {out}/results.json, samples.md, metrics.jsonl · the model:\n"
+          f"  lm = AutoModelForCausalLM.from_pretrained({model!r})\n  tok = AutoTokenizer.from_pretrained({model!r})")
+
+
+if __name__ == "__main__":
+    main()

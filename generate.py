@@ -1,0 +1,114 @@
+"""Sampling as a command of its own: any model, any data, one process or many, resumable.
+
+    python generate.py --model DIR --data prompts.jsonl --out answers.jsonl
+    torchrun --nproc_per_node 8 generate.py --model DIR --data HUB/ID:SPLIT --out answers.jsonl --n 4
+    python generate.py --model NAME --data prompts.jsonl --out answers.jsonl --endpoint http://HOST:8000/v1   # vLLM, SGLang, ...
+
+Answers are drawn from the model's own distribution (temperature 1, no top-k, no top-p), so that they are samples of pi(.|x).
+A row of the output is {"id", "prompt", "response", "meta": {"sample", "finish"}}, n rows a prompt in the prompts' order;
+finish is "stop" (the model ended by itself) or "length" (cut). Rows are kept in OUT.part* as batches finish; started again,
+a killed run does only what is missing and, batches and their seeds being fixed, gives the same file on any number of ranks.
+"""
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from common import API_CONCURRENCY, chat, die, endpoint, load_lm, load_rows, load_tokenizer, parse, phase, prompt_ids, ranks, sample
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = ""  # model folder or Hub id; with --endpoint, the name the server knows it by
+    data: str = ""  # .jsonl, .json or .parquet file, or Hub id[:SPLIT]
+    out: str = ""  # file to write
+    n: int = 1  # answers per prompt
+    temperature: float = 1.0  # 1 = the model's own distribution, 0 = greedy
+    max_new_tokens: int = 512  # an answer longer than this is cut
+    max_prompt: int = 1024  # a prompt of more tokens is left out and counted
+    limit: int | None = None  # use the first LIMIT rows
+    batch: int = 64  # answers sampled at a time
+    seed: int = 0  # of the sampling
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 under CUDA, else float32
+    endpoint: str | None = None  # sample from this OpenAI-compatible server instead of a local model
+
+    def __post_init__(self):
+        for name in ("model", "data", "out"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing")
+        for name in ("n", "max_new_tokens", "max_prompt", "batch"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
+        if self.temperature < 0:
+            raise ValueError(f"--temperature must not be negative, not {self.temperature}")
+
+
+def generate(out: Path, rows: list[dict], prompts: list[list[int]], model: str, tok, *, n: int, temperature: float, max_new_tokens: int,
+             batch: int, seed: int, dtype: torch.dtype, device, note: str = "") -> list[dict]:
+    """n samples for each row's prompt (prompts: their ids) into `out`, on all ranks; the model is loaded only if there is work."""
+    lm = None
+
+    def work(items, seed):
+        nonlocal lm
+        lm = lm or load_lm(model, dtype, device)
+        drawn = sample(lm, tok, [prompts[i] for i, _ in items], temperature, max_new_tokens, seed)
+        return [{"id": rows[i]["id"], "prompt": rows[i]["prompt"], "response": text, "meta": {"sample": j, "finish": finish}}
+                for (i, j), (text, finish) in zip(items, drawn)]
+    settings = [model, temperature, max_new_tokens, seed, str(dtype), [row["id"] for row in rows]]
+    return phase(out, [(i, j) for i in range(len(rows)) for j in range(n)], work, batch, settings, key=lambda item: len(prompts[item[0]]), note=note)
+
+
+def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[dict]:
+    """The same from an OpenAI-compatible server."""
+    def work(items, seed):
+        drawn = chat(client, c.model, [rows[i]["prompt"] for i, _ in items], temperature=c.temperature, top_p=1.0, max_tokens=c.max_new_tokens)
+        return [{"id": rows[i]["id"], "prompt": rows[i]["prompt"], "response": text, "meta": {"sample": j, "finish": finish}}
+                for (i, j), (text, finish) in zip(items, drawn)]
+    settings = [c.model, c.endpoint, c.temperature, c.max_new_tokens, [row["id"] for row in rows]]
+    return phase(out, [(i, j) for i in range(len(rows)) for j in range(c.n)], work, API_CONCURRENCY, settings)
+
+
+def main():
+    c = parse(Config)
+    out = Path(c.out)
+    if out.exists():
+        die(f"{out} is there already: delete it, or choose another --out")
+    rows, dropped = load_rows(c.data, "prompt", c.limit)
+    client = endpoint(c.endpoint) if c.endpoint else None
+    tok = prompts = None
+    if not client:
+        tok, config = load_tokenizer(c.model)
+        if c.max_prompt + c.max_new_tokens > config.max_position_embeddings:
+            die(f"--max_prompt {c.max_prompt} + --max_new_tokens {c.max_new_tokens} is more than {c.model}'s context of {config.max_position_embeddings}")
+        prompts = {row["id"]: prompt_ids(tok, row["prompt"]) for row in rows}
+        short = [row for row in rows if len(prompts[row["id"]]) <= c.max_prompt]
+        dropped["prompts longer than --max_prompt"] = len(rows) - len(short)
+        rows = short or die(f"all {len(rows)} prompts are longer than --max_prompt {c.max_prompt}")
+    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))  # only barriers; a slow rank is waited for
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    dtype = getattr(torch, c.dtype) if c.dtype != "auto" else torch.bfloat16 if cuda else torch.float32
+    if ranks()[0] == 0:
+        left_out = "".join(f", {n} left out: {why}" for why, n in dropped.items() if n)
+        print(f"{c.data}: {len(rows)} prompts x {c.n}{left_out}; {c.endpoint or f'{device.type}, {dtype}, {ranks()[1]} rank(s)'}")
+    if client:
+        answers = generate_remotely(out, rows, client, c)
+    else:
+        answers = generate(out, rows, [prompts[row["id"]] for row in rows], c.model, tok, n=c.n, temperature=c.temperature,
+                           max_new_tokens=c.max_new_tokens, batch=c.batch, seed=c.seed, dtype=dtype, device=device)
+    if ranks()[0] == 0:
+        cut = sum(a["meta"]["finish"] == "length" for a in answers)
+        print(f"{out}: {len(answers)} answers, {cut} cut at {c.max_new_tokens} tokens")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
