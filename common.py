@@ -18,7 +18,6 @@ import inspect
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -237,6 +236,21 @@ def response_ids(tok, text: str, ended: bool, limit: int) -> list[int]:
     return ids[:limit] + ([tok.eos_token_id] if ended and len(ids) < limit else [])
 
 
+def encode_pairs(tok, rows: list[dict], max_prompt: int, max_response: int) -> tuple[list[tuple], Counter]:
+    """Preference rows -> (prompt ids, chosen ids, rejected ids); pairs that teach nothing are left out and counted.
+    meta.chosen_ended / rejected_ended = False says that a side was cut and gets no end-of-sequence token."""
+    pairs, dropped = [], Counter()
+    for row in rows:
+        p = prompt_ids(tok, row["prompt"])
+        y, z = (response_ids(tok, row[side], row["meta"].get(f"{side}_ended", True), max_response) for side in ("chosen", "rejected"))
+        why = "prompt too long" if len(p) > max_prompt else "empty side" if not (y and z) else "identical sides" if y == z else None
+        if why:
+            dropped[why] += 1
+        else:
+            pairs.append((p, y, z))
+    return pairs, dropped
+
+
 def collate(sequences: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tensor]:
     """(prompt ids, response ids) of S sequences -> ids [S, T], padded on the right, and mask [S, T], True on the response.
     The mask comes from lengths, never from `!= pad`: pad is often the end-of-sequence token."""
@@ -357,6 +371,37 @@ def phase(path: Path, items: list, work, size: int, settings=None, key=None, not
                 old.unlink()
         barrier()
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def generate(out: Path, rows: list[dict], model: str, tok, *, temperature: float, max_new_tokens: int, batch: int, dtype: torch.dtype, device, seed: int,
+             n: int = 1, note: str = "") -> list[dict]:
+    """n answers to each row's prompt into `out`, on all ranks: {"id", "prompt", "response", "meta": {"sample", "finish"}} each.
+    The model is loaded only if there is something left to do."""
+    lm, prompts = None, [prompt_ids(tok, row["prompt"]) for row in rows]
+
+    def work(items, seed):
+        nonlocal lm
+        lm = lm or load_lm(model, dtype, device)
+        drawn = sample(lm, tok, [prompts[i] for i, _ in items], temperature, max_new_tokens, seed)
+        return [{"id": rows[i]["id"], "prompt": rows[i]["prompt"], "response": text, "meta": {"sample": j, "finish": finish}}
+                for (i, j), (text, finish) in zip(items, drawn)]
+    settings = [model, temperature, max_new_tokens, str(dtype), seed, [row["id"] for row in rows]]
+    return phase(out, [(i, j) for i in range(len(rows)) for j in range(n)], work, batch, settings, key=lambda item: len(prompts[item[0]]), note=note)
+
+
+def held_out(folder: Path, rows: list[dict], model: str, tok, judge, *, note: str = "", **sampling) -> dict:
+    """What a model is worth: one answer to each held-out prompt and the judge's scores of it and of the annotation, in folder/test.jsonl;
+    -> mean score, share of full marks, win/tie/loss of the answers against the annotations, share of answers that were cut (None without a judge)."""
+    drawn = generate(folder / "answers.jsonl", rows, model, tok, note=f"{note}answer held-out prompts", **sampling)
+
+    def work(items, seed):
+        new, own = (judge.score([(rows[i]["prompt"], side[i]["response"]) for i in items]) if judge else [None] * len(items) for side in (drawn, rows))
+        return [drawn[i] | {"annotated": rows[i]["response"], "meta": drawn[i]["meta"] | {"score": s, "score_annotated": t}} for i, s, t in zip(items, new, own)]
+    tested = phase(folder / "test.jsonl", list(range(len(rows))), work, sampling["batch"], [judge and judge.spec, model], note=f"{note}judge")
+    scores = [(row["meta"]["score"], row["meta"]["score_annotated"]) for row in tested if None not in (row["meta"]["score"], row["meta"]["score_annotated"])]
+    share = lambda test: sum(test(s, t) for s, t in scores) / len(scores) if scores else None
+    return {"score": share(lambda s, t: s), "full_marks": share(lambda s, t: s >= judge.full) if judge and judge.full else None, "win": share(lambda s, t: s > t),
+            "tie": share(lambda s, t: s == t), "loss": share(lambda s, t: s < t), "cut": sum(row["meta"]["finish"] == "length" for row in tested) / len(tested)}
 
 
 def read_parts(path: Path, stamp: str) -> dict[int, list]:
@@ -563,7 +608,7 @@ def make_judge(spec: str, cache: Path | None, device="cpu", dtype=torch.float32)
     """toy | hf:PATH | rm:PATH | api:MODEL | none. Checks the path or the endpoint now; weights are loaded at the first question."""
     kind, _, name = spec.partition(":")
     if kind in ("toy", "none") and not name:
-        return ToyJudge(spec, cache) if kind == "toy" else None
+        return ToyJudge(spec, None) if kind == "toy" else None  # exact and instant: nothing to cache
     if kind not in ("hf", "rm", "api") or not name:
         die(f"--judge {spec}: expected toy, hf:PATH, rm:PATH, api:MODEL or none")
     return EndpointJudge(spec, cache) if kind == "api" else {"hf": LocalJudge, "rm": RewardJudge}[kind](spec, cache, device, dtype)

@@ -53,70 +53,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 import toy
-from common import (CHUNK, Scorer, barrier, collate, die, hold_out, load_lm, load_rows, load_state, load_tokenizer, make_judge, memory_gib, metric_line, open_run,
-                    parse, phase, progress, prompt_ids, ranks, response_ids, save_checkpoint, save_state, seed_of, sum_ranks, table, token_logps,
-                    truncate_metrics, write_atomic)
-from generate import generate
-
-
-@dataclass(frozen=True)
-class Config:
-    # the method
-    iterations: int = 3  # DNPO iterations after the warm start
-    warmup_iterations: int = 1  # SPIN iterations before them (the paper's iteration 0)
-    labels: Literal["judge", "annotation"] = "judge"  # who says which answer is the positive: a judge (DSL), or always the annotation (SPIN)
-    ties: Literal["keep", "drop"] = "keep"  # equal scores: keep the annotation as the positive, or drop the pair
-    noise: bool = True  # trainable noise on the reference (NPO)
-    noise_update: Literal["joint", "alternating"] = "joint"  # one pass for model and noise, or a noise step before every model step
-    noise_init: float = 0.1  # standard deviation of the noise at the start of an iteration
-    noise_penalty: float = 0.1  # alpha, weight of mean(sigma^2)
-    noise_lr: float = 1e-4  # learning rate of W and b
-    beta: float = 0.1  # the papers' lambda
-    mix_previous: bool = True  # train on the previous iteration's pairs too, as SPIN does
-    # data
-    model: str = "alignment-handbook/zephyr-7b-sft-full"  # model folder or Hub id to start from
-    data: str = "HuggingFaceH4/ultrachat_200k:train_sft"  # annotated prompts: .jsonl, .json or .parquet file, or Hub id[:SPLIT]
-    test: str | None = None  # held-out annotated prompts (without it: a tenth of --data, by a hash of the prompt)
-    judge: str = "rm:Skywork/Skywork-Reward-V2-Llama-3.1-8B"  # toy, hf:PATH, rm:PATH, api:MODEL, or none (SPIN needs none)
-    limit: int | None = 20000  # use the first LIMIT training prompts (and at most as many held-out ones)
-    test_prompts: int = 500  # held-out prompts to measure on
-    temperature: float = 1.0  # of the sampling
-    max_prompt: int = 512  # tokens; a longer prompt is left out and counted
-    max_response: int = 512  # tokens; a longer answer is cut, and gets no end-of-sequence token
-    # optimisation
-    lr: float = 5e-7  # peak learning rate
-    warmup: float = 0.1  # share of an iteration's steps in which the learning rate rises; then it falls as a cosine
-    epochs: int = 2  # passes over an iteration's pairs
-    batch: int = 64  # pairs per optimizer step, over all ranks
-    micro_batch: int = 4  # pairs per forward pass and rank; changes memory, not results
-    clip: float = 1.0  # gradient norm is clipped to this
-    max_steps: int | None = None  # stop every iteration after this many optimizer steps
-    seed: int = 0  # of sampling, order and noise
-    # system
-    preset: Literal["toy", "paper"] = "paper"  # all other defaults; unset: paper under CUDA, else toy
-    parallel: Literal["none", "ddp", "fsdp"] = "fsdp"  # under torchrun: replicate the model or shard it
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights and optimizer stay in float32
-    activation_checkpointing: bool = True  # recompute activations in the backward pass
-    sample_batch: int = 64  # answers sampled or scored at a time
-    save_every: int = 50  # optimizer steps between training states
-    out: str = "runs/dnpo"  # folder of the run
-    resume: bool = False  # go on with the run in --out
-    overwrite: bool = False  # delete the run in --out and begin again
-    dry_run: bool = False  # check everything, show the plan and one example, and stop before any model is loaded
-
-    def __post_init__(self):
-        for name in ("beta", "lr", "noise_lr", "batch", "micro_batch", "sample_batch", "save_every", "max_prompt", "max_response", "test_prompts", "epochs", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
-        for name in ("iterations", "warmup_iterations", "noise_init", "noise_penalty", "temperature", "warmup"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} must not be negative, not {getattr(self, name)}")
-        if self.judge == "none" and self.labels == "judge":
-            raise ValueError("--labels judge needs a judge; with --judge none use --labels annotation")
-
-
-TOY = dict(model="runs/toy/sft", data="runs/toy/train.jsonl", test="runs/toy/test.jsonl", judge="toy", limit=1500, max_response=64, beta=0.5, lr=2e-5,
-           mix_previous=False, micro_batch=16, sample_batch=250, parallel="ddp", dtype="float32", activation_checkpointing=False)
+from common import (CHUNK, Scorer, barrier, collate, die, encode_pairs, generate, held_out, hold_out, load_lm, load_rows, load_state, load_tokenizer, make_judge,
+                    memory_gib, metric_line, open_run, parse, phase, progress, prompt_ids, ranks, response_ids, save_checkpoint, save_state, seed_of, sum_ranks,
+                    table, token_logps, truncate_metrics, write_atomic)
 
 
 # ---------------------------------------------------------------- the equations
@@ -204,6 +143,69 @@ class NoisyReference(Scorer):
             out, first, second = out.index_add(0, row[:N], logps), first.index_add(0, row[:N] - B, mean), second.index_add(0, row[:N] - B, square)
             h, y, row = h[N:], y[N:], row[N:]
         return out, first, second
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    # the method
+    iterations: int = 3  # DNPO iterations after the warm start
+    warmup_iterations: int = 1  # SPIN iterations before them (the paper's iteration 0)
+    labels: Literal["judge", "annotation"] = "judge"  # who says which answer is the positive: a judge (DSL), or always the annotation (SPIN)
+    ties: Literal["keep", "drop"] = "keep"  # equal scores: keep the annotation as the positive, or drop the pair
+    noise: bool = True  # trainable noise on the reference (NPO)
+    noise_update: Literal["joint", "alternating"] = "joint"  # one pass for model and noise, or a noise step before every model step
+    noise_init: float = 0.1  # standard deviation of the noise at the start of an iteration
+    noise_penalty: float = 0.1  # alpha, weight of mean(sigma^2)
+    noise_lr: float = 1e-4  # learning rate of W and b
+    beta: float = 0.1  # the papers' lambda
+    mix_previous: bool = True  # train on the previous iteration's pairs too, as SPIN does
+    # data
+    model: str = "alignment-handbook/zephyr-7b-sft-full"  # model folder or Hub id to start from
+    data: str = "HuggingFaceH4/ultrachat_200k:train_sft"  # annotated prompts: .jsonl, .json or .parquet file, or Hub id[:SPLIT]
+    test: str | None = None  # held-out annotated prompts (without it: a tenth of --data, by a hash of the prompt)
+    judge: str = "rm:Skywork/Skywork-Reward-V2-Llama-3.1-8B"  # toy, hf:PATH, rm:PATH, api:MODEL, or none (SPIN needs none)
+    limit: int | None = 20000  # use the first LIMIT training prompts (and at most as many held-out ones)
+    test_prompts: int = 500  # held-out prompts to measure on
+    temperature: float = 1.0  # of the sampling
+    max_prompt: int = 512  # tokens; a longer prompt is left out and counted
+    max_response: int = 512  # tokens; a longer answer is cut, and gets no end-of-sequence token
+    # optimisation
+    lr: float = 5e-7  # peak learning rate
+    warmup: float = 0.1  # share of an iteration's steps in which the learning rate rises; then it falls as a cosine
+    epochs: int = 2  # passes over an iteration's pairs
+    batch: int = 64  # pairs per optimizer step, over all ranks
+    micro_batch: int = 4  # pairs per forward pass and rank; changes memory, not results
+    clip: float = 1.0  # gradient norm is clipped to this
+    max_steps: int | None = None  # stop every iteration after this many optimizer steps
+    seed: int = 0  # of sampling, order and noise
+    # system
+    preset: Literal["toy", "paper"] = "paper"  # all other defaults; unset: paper under CUDA, else toy
+    parallel: Literal["none", "ddp", "fsdp"] = "fsdp"  # under torchrun: replicate the model or shard it
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights and optimizer stay in float32
+    activation_checkpointing: bool = True  # recompute activations in the backward pass
+    sample_batch: int = 64  # answers sampled or scored at a time
+    save_every: int = 50  # optimizer steps between training states
+    out: str = "runs/dnpo"  # folder of the run
+    resume: bool = False  # go on with the run in --out
+    overwrite: bool = False  # delete the run in --out and begin again
+    dry_run: bool = False  # check everything, show the plan and one example, and stop before any model is loaded
+
+    def __post_init__(self):
+        for name in ("beta", "lr", "noise_lr", "batch", "micro_batch", "sample_batch", "save_every", "max_prompt", "max_response", "test_prompts", "epochs", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
+        for name in ("iterations", "warmup_iterations", "noise_init", "noise_penalty", "temperature", "warmup"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} must not be negative, not {getattr(self, name)}")
+        if self.judge == "none" and self.labels == "judge":
+            raise ValueError("--labels judge needs a judge; with --judge none use --labels annotation")
+
+
+TOY = dict(model="runs/toy/sft", data="runs/toy/train.jsonl", test="runs/toy/test.jsonl", judge="toy", limit=1500, max_response=64, beta=0.5, lr=2e-5,
+           mix_previous=False, micro_batch=16, sample_batch=250, parallel="ddp", dtype="float32", activation_checkpointing=False)
 
 
 # --- same in dnpo.py, tso.py, sams.py: setup ---
@@ -297,20 +299,6 @@ def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float
 # ---------------------------------------------------------------- one iteration's training
 
 
-def encode_pairs(tok, rows: list[dict], c) -> tuple[list[tuple], dict[str, int]]:
-    """Rows -> (prompt ids, positive ids, negative ids); pairs that teach nothing are left out and counted."""
-    pairs, dropped = [], {"prompt too long": 0, "identical": 0, "empty": 0}
-    for row in rows:
-        p = prompt_ids(tok, row["prompt"])
-        y = [response_ids(tok, row[side], row["meta"][f"{side}_ended"], c.max_response) for side in ("chosen", "rejected")]
-        why = "prompt too long" if len(p) > c.max_prompt else "identical" if y[0] == y[1] else "empty" if not (y[0] and y[1]) else None
-        if why:
-            dropped[why] += 1
-        else:
-            pairs.append((p, *y))
-    return pairs, dropped
-
-
 def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, device, noise: bool):
     """pi_{k+1} from pi_k on one iteration's pairs, into folder/checkpoint; training states in folder/state.pt, lines in metrics.jsonl."""
     policy = shard(Scorer(load_lm(start, torch.float32, "cpu", train=True)), c, device)
@@ -401,48 +389,29 @@ def label(c, iteration: int, rows: list[dict], drawn: list[dict], folder: Path, 
                  note=f"iter {iteration}: label")
 
 
-def measure(c, iteration: int, model: str, train_rows: list[dict], test_rows: list[dict], pairs: list[dict], folder: Path, tok, judge, device) -> dict:
-    """What model k is worth, in files: folder/test.jsonl, its answers to held-out prompts with the judge's scores, and folder/logps.jsonl,
-    its log pi of the positives and negatives it was trained on and of its new answers to the same prompts (Fig. 2)."""
-    dtype, lm = getattr(torch, c.dtype), None
-    usable = [row for row in pairs if row["chosen"] is not None][:len(test_rows)]
-    asked = test_rows + [{"id": row["id"], "prompt": row["prompt"], "response": None} for row in usable]
-    drawn = generate(folder / "answers.jsonl", asked, [prompt_ids(tok, row["prompt"]) for row in asked], model, tok, n=1, temperature=c.temperature,
-                     max_new_tokens=c.max_response, batch=c.sample_batch, seed=seed_of(c.seed, "answers", iteration), dtype=dtype, device=device,
-                     note=f"iter {iteration}: answer held-out prompts")
+def measure_logps(c, iteration: int, model: str, pairs: list[dict], folder: Path, tok, sampling: dict) -> dict:
+    """Fig. 2 of pi_k: log pi of the positives and negatives it was trained on and of its own new answers to the same prompts, into folder/logps.jsonl;
+    -> their means."""
+    pairs = [row for row in pairs if row["chosen"] is not None][:c.test_prompts]
+    new = generate(folder / "new.jsonl", pairs, model, tok, seed=seed_of(c.seed, "new", iteration), note=f"iter {iteration}: sample again", **sampling)
+    lm, dtype, device = None, sampling["dtype"], sampling["device"]
 
-    def score(items, seed):
-        scores = [judge.score([(row["prompt"], text) for row, text in side]) if judge else [None] * len(side)
-                  for side in ([(test_rows[i], drawn[i]["response"]) for i in items], [(test_rows[i], test_rows[i]["response"]) for i in items])]
-        return [drawn[i] | {"annotated": test_rows[i]["response"], "meta": drawn[i]["meta"] | {"score": s, "score_annotated": t}} for i, s, t in zip(items, *scores)]
-
-    def logp(items, seed):
+    def work(items, seed):
         nonlocal lm
         lm = lm or Scorer(load_lm(model, dtype, device))
-        texts = [(k, text, ended) for k in items for text, ended in (
-            (usable[k]["chosen"], usable[k]["meta"]["chosen_ended"]), (usable[k]["rejected"], usable[k]["meta"]["rejected_ended"]),
-            (drawn[len(test_rows) + k]["response"], drawn[len(test_rows) + k]["meta"]["finish"] == "stop"))]
-        found = []
-        for i in range(0, len(texts), 3 * c.micro_batch):
-            with torch.no_grad():
-                found += lm(*collate([(prompt_ids(tok, usable[k]["prompt"]), response_ids(tok, text, ended, c.max_response))
-                                      for k, text, ended in texts[i:i + 3 * c.micro_batch]], device)).tolist()
-        return [{"id": usable[k]["id"], "positive": found[3 * i], "negative": found[3 * i + 1], "new": found[3 * i + 2]} for i, k in enumerate(items)]
-    tested = phase(folder / "test.jsonl", list(range(len(test_rows))), score, c.sample_batch, [c.judge, model], note=f"iter {iteration}: judge")
-    logps = phase(folder / "logps.jsonl", list(range(len(usable))), logp, c.sample_batch, model, note=f"iter {iteration}: log-probs")
-
-    mean = lambda values: sum(values) / len(values) if values else None
-    scored = [(row["meta"]["score"], row["meta"]["score_annotated"]) for row in tested if None not in (row["meta"]["score"], row["meta"]["score_annotated"])]
-    full = judge.full if judge else None
-    return {"score": mean([s for s, _ in scored]), "full_marks": mean([float(s >= full) for s, _ in scored]) if full else None,
-            "win": mean([float(s > t) for s, t in scored]), "tie": mean([float(s == t) for s, t in scored]), "loss": mean([float(s < t) for s, t in scored]),
-            "cut": mean([float(row["meta"]["finish"] == "length") for row in tested]),
-            **{f"logp_{name}": mean([row[name] for row in logps]) for name in ("positive", "negative", "new")}}
+        texts = [(k, text, ended) for k in items for text, ended in ((pairs[k]["chosen"], pairs[k]["meta"]["chosen_ended"]),
+                 (pairs[k]["rejected"], pairs[k]["meta"]["rejected_ended"]), (new[k]["response"], new[k]["meta"]["finish"] == "stop"))]
+        ids = [(prompt_ids(tok, pairs[k]["prompt"]), response_ids(tok, text, ended, c.max_response)) for k, text, ended in texts]
+        with torch.no_grad():
+            found = [logp for i in range(0, len(ids), 2 * c.micro_batch) for logp in lm(*collate(ids[i:i + 2 * c.micro_batch], device)).tolist()]
+        return [dict(zip(("id", "positive", "negative", "new"), (pairs[k]["id"], *found[3 * i:3 * i + 3]))) for i, k in enumerate(items)]
+    rows = phase(folder / "logps.jsonl", list(range(len(pairs))), work, c.sample_batch, model, note=f"iter {iteration}: log-probs")
+    return {f"logp_{name}": sum(row[name] for row in rows) / len(rows) for name in ("positive", "negative", "new")}
 
 
 def show_plan(c, tok, train_rows, test_rows, dropped, device):
     """The header: what will be done with what, and one example with its loss mask."""
-    why = f"default {'under' if torch.cuda.is_available() else 'without'} CUDA" if "--preset" not in " ".join(sys.argv) else "asked for"
+    why = f"default {'under' if torch.cuda.is_available() else 'without'} CUDA" if not any(a.startswith("--preset") for a in sys.argv) else "asked for"
     print(f"DNPO · preset {c.preset} ({why}) · {c.warmup_iterations} warm-up (SPIN) + {c.iterations} iterations · labels {c.labels} · "
           f"noise {c.noise_update if c.noise else 'off'} · judge {c.judge}{' (an open reward model; the paper asks GPT-4o-mini)' if c.judge == Config.judge else ''}")
     print(f"data {c.data}: {len(train_rows)} training, {len(test_rows)} held-out prompts" + "".join(f", {n} left out: {w}" for w, n in dropped.items() if n))
@@ -459,7 +428,7 @@ def main():
     c = parse(Config, {"toy": TOY, "paper": {}})
     device = setup(c)
     # every check of the input comes before the first weight is read
-    rows, dropped = load_rows(c.data, "response", None if c.test is None and c.limit is None else c.limit if c.test else None)
+    rows, dropped = load_rows(c.data, "response", c.limit if c.test else None)
     train_rows, test_rows = (rows, load_rows(c.test, "response", c.test_prompts)[0]) if c.test else hold_out(rows)
     train_rows, test_rows = train_rows[:c.limit], test_rows[:min(c.test_prompts, c.limit or c.test_prompts)]
     tok, config = load_tokenizer(c.model)
@@ -478,31 +447,32 @@ def main():
         return
     out, started = open_run(c, [c.data, c.test], may_change=("resume", "overwrite", "iterations", "parallel", "micro_batch", "save_every")), time.time()
 
+    sampling = dict(temperature=c.temperature, max_new_tokens=c.max_response, batch=c.sample_batch, dtype=getattr(torch, c.dtype), device=device)
     model, previous, results = c.model, [], []
-    for iteration in range(c.warmup_iterations + c.iterations + 1):  # iteration 0 only measures the model we start from
-        folder = out / f"iter{iteration}"
-        dsl, noise = (iteration > c.warmup_iterations and on for on in (c.labels == "judge", c.noise))
-        pairs, trained = [], {"update": "start"}
+    for iteration in range(c.warmup_iterations + c.iterations + 1):
+        folder, note = out / f"iter{iteration}", f"iter {iteration}: "
+        result = {"iteration": iteration, "update": "start"}  # iteration 0 only measures the model we start from
         if iteration:
-            drawn = generate(folder / "responses.jsonl", train_rows, [prompt_ids(tok, row["prompt"]) for row in train_rows], model, tok, n=1,
-                             temperature=c.temperature, max_new_tokens=c.max_response, batch=c.sample_batch, seed=seed_of(c.seed, "responses", iteration),
-                             dtype=getattr(torch, c.dtype), device=device, note=f"iter {iteration}: sample")
+            dsl, noise = (iteration > c.warmup_iterations and on for on in (c.labels == "judge", c.noise))
+            drawn = generate(folder / "responses.jsonl", train_rows, model, tok, seed=seed_of(c.seed, "responses", iteration), note=f"{note}sample", **sampling)
             pairs = label(c, iteration, train_rows, drawn, folder, judge, dsl)
-            if judge:
-                judge.free()
             usable = [row for row in pairs + (previous if c.mix_previous else []) if row["chosen"] is not None]
-            encoded, left_out = encode_pairs(tok, usable, c)
+            encoded, left_out = encode_pairs(tok, usable, c.max_prompt, c.max_response)
+            left_out.update(row["meta"]["why"] for row in pairs if row["chosen"] is None)
             if not encoded:
                 die(f"iteration {iteration}: no pair left to train on: " + ", ".join(f"{n} {why}" for why, n in left_out.items()))
+            if judge:
+                judge.free()
             if not (folder / "checkpoint").exists():
                 train(c, iteration, encoded, model, folder, tok, device, noise)
             model, previous = str(folder / "checkpoint"), pairs
             steps = [m for m in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if m["iteration"] == iteration]
-            trained = {"update": "dnpo" if dsl or noise else "spin", "swapped": sum(row["meta"]["swapped"] for row in pairs) / len(pairs), "pairs": len(encoded),
-                       **{f"dropped_{why.replace(' ', '_')}": n for why, n in (left_out | {w: sum(row["meta"]["why"] == w for row in pairs)
-                                                                                        for w in ("tie", "unreadable")}).items()},
-                       "noise_std": steps[-1]["noise/std"] if noise else None, "grad_norm": sum(m["grad_norm"] for m in steps) / len(steps), "steps": len(steps)}
-        results.append({"iteration": iteration} | measure(c, iteration, model, train_rows, test_rows, pairs, folder, tok, judge, device) | trained)
+            result |= {"update": "dnpo" if dsl or noise else "spin", "swapped": sum(row["meta"]["swapped"] for row in pairs) / len(pairs), "pairs": len(encoded),
+                       "left_out": dict(left_out), "noise_std": steps[-1]["noise/std"] if noise else None,
+                       "grad_norm": sum(m["grad_norm"] for m in steps) / len(steps), "steps": len(steps)}
+            result |= measure_logps(c, iteration, model, pairs, folder, tok, sampling)
+        result |= held_out(folder, test_rows, model, tok, judge, note=note, seed=seed_of(c.seed, "answers", iteration), **sampling)
+        results.append(result)
         if judge:
             judge.free()
         if ranks()[0] == 0:
@@ -521,6 +491,8 @@ def report(out: Path, results: list[dict], model: str, started: float):
         text += f"\n## {first['prompt'][-1]['content']}\n\nannotated: {first['annotated']}\n" + "".join(f"\niteration {i}: {rows[k]['response']}\n" for i, rows in enumerate(answers))
     write_atomic(out / "samples.md", text)
     print(table(results, ["iteration", "update", "score", "full_marks", "win", "tie", "loss", "swapped", "noise_std", "logp_positive", "logp_negative", "logp_new", "grad_norm"]))
+    for k, first in enumerate(answers[0]):
+        print(f"{first['prompt'][-1]['content'][:60]!r}: {first['response'][:60]!r} -> {answers[-1][k]['response'][:60]!r}")
     print(f"{time.time() - started:.0f} s · {out}/results.json, samples.md, metrics.jsonl · the model:\n"
           f"  lm = AutoModelForCausalLM.from_pretrained({model!r})\n  tok = AutoTokenizer.from_pretrained({model!r})")
 

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from common import API_CONCURRENCY, chat, die, endpoint, load_lm, load_rows, load_tokenizer, parse, phase, prompt_ids, ranks, sample
+from common import API_CONCURRENCY, chat, die, endpoint, generate, load_rows, load_tokenizer, parse, phase, prompt_ids, ranks
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Config:
     out: str = ""  # file to write
     n: int = 1  # answers per prompt
     temperature: float = 1.0  # 1 = the model's own distribution, 0 = greedy
-    max_new_tokens: int = 512  # an answer longer than this is cut
+    max_new_tokens: int = 512  # an answer of more tokens is cut
     max_prompt: int = 1024  # a prompt of more tokens is left out and counted
     limit: int | None = None  # use the first LIMIT rows
     batch: int = 64  # answers sampled at a time
@@ -47,21 +47,6 @@ class Config:
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
         if self.temperature < 0:
             raise ValueError(f"--temperature must not be negative, not {self.temperature}")
-
-
-def generate(out: Path, rows: list[dict], prompts: list[list[int]], model: str, tok, *, n: int, temperature: float, max_new_tokens: int,
-             batch: int, seed: int, dtype: torch.dtype, device, note: str = "") -> list[dict]:
-    """n samples for each row's prompt (prompts: their ids) into `out`, on all ranks; the model is loaded only if there is work."""
-    lm = None
-
-    def work(items, seed):
-        nonlocal lm
-        lm = lm or load_lm(model, dtype, device)
-        drawn = sample(lm, tok, [prompts[i] for i, _ in items], temperature, max_new_tokens, seed)
-        return [{"id": rows[i]["id"], "prompt": rows[i]["prompt"], "response": text, "meta": {"sample": j, "finish": finish}}
-                for (i, j), (text, finish) in zip(items, drawn)]
-    settings = [model, temperature, max_new_tokens, seed, str(dtype), [row["id"] for row in rows]]
-    return phase(out, [(i, j) for i in range(len(rows)) for j in range(n)], work, batch, settings, key=lambda item: len(prompts[item[0]]), note=note)
 
 
 def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[dict]:
@@ -81,13 +66,11 @@ def main():
         die(f"{out} is there already: delete it, or choose another --out")
     rows, dropped = load_rows(c.data, "prompt", c.limit)
     client = endpoint(c.endpoint) if c.endpoint else None
-    tok = prompts = None
     if not client:
         tok, config = load_tokenizer(c.model)
         if c.max_prompt + c.max_new_tokens > config.max_position_embeddings:
             die(f"--max_prompt {c.max_prompt} + --max_new_tokens {c.max_new_tokens} is more than {c.model}'s context of {config.max_position_embeddings}")
-        prompts = {row["id"]: prompt_ids(tok, row["prompt"]) for row in rows}
-        short = [row for row in rows if len(prompts[row["id"]]) <= c.max_prompt]
+        short = [row for row in rows if len(prompt_ids(tok, row["prompt"])) <= c.max_prompt]
         dropped["prompts longer than --max_prompt"] = len(rows) - len(short)
         rows = short or die(f"all {len(rows)} prompts are longer than --max_prompt {c.max_prompt}")
     local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
@@ -101,8 +84,8 @@ def main():
     if client:
         answers = generate_remotely(out, rows, client, c)
     else:
-        answers = generate(out, rows, [prompts[row["id"]] for row in rows], c.model, tok, n=c.n, temperature=c.temperature,
-                           max_new_tokens=c.max_new_tokens, batch=c.batch, seed=c.seed, dtype=dtype, device=device)
+        answers = generate(out, rows, c.model, tok, n=c.n, temperature=c.temperature, max_new_tokens=c.max_new_tokens, batch=c.batch, seed=c.seed,
+                           dtype=dtype, device=device)
     if ranks()[0] == 0:
         cut = sum(a["meta"]["finish"] == "length" for a in answers)
         print(f"{out}: {len(answers)} answers, {cut} cut at {c.max_new_tokens} tokens")

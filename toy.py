@@ -6,7 +6,7 @@ A prompt is 5 to 10 letters; the right answer is the same letters in alphabetica
 their answers are lazy, the letters returned as they came. The judge is exact: 10 x the share of positions that are right.
 What is written is what a user of the methods would bring, and they can't tell the difference: Hugging Face checkpoints
 `sft` (trained on annotators' answers, lazy ones included), `sft-early` (the same run at 60 %), `sft-small` (a smaller
-model), `train.jsonl` and `test.jsonl` (annotated prompts that none of the models has seen), `pairs.jsonl` (preference pairs).
+model, trained half as long), `train.jsonl` and `test.jsonl` (annotated prompts that none of the models has seen), `pairs.jsonl` (preference pairs).
 The same seed gives the same bytes on the same machine.
 """
 from __future__ import annotations
@@ -84,7 +84,7 @@ def train_sft(tok, width: int, layers: int, steps: int, seed: int, snapshots: di
             tok.save_pretrained(snapshots[step])
 
 
-def make(folder: Path, seed: int = 0, steps: int = 350, rows: int = 2000):
+def make(folder: Path, seed: int = 0, steps: int = 300, rows: int = 2000):
     """Makes the world in `folder` (all or nothing), unless it is there."""
     stamp = {"world": WORLD, "seed": seed, "steps": steps, "rows": rows}
     if folder.exists():
@@ -110,7 +110,7 @@ def make(folder: Path, seed: int = 0, steps: int = 350, rows: int = 2000):
                           for i, x in enumerate(fresh(2 * rows, lambda x: len(set(x)) > 1))])
     tok = tokenizer()
     train_sft(tok, 128, 3, steps, seed, {round(0.6 * steps): temporary / "sft-early", steps: temporary / "sft"})
-    train_sft(tok, 64, 2, steps, seed + 1, {steps: temporary / "sft-small"})
+    train_sft(tok, 64, 2, steps // 2, seed + 1, {steps // 2: temporary / "sft-small"})
     (temporary / "world.json").write_text(json.dumps(stamp))
     os.replace(temporary, folder)
 
