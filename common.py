@@ -342,8 +342,8 @@ def barrier():
 def phase(path: Path, items: list, work, size: int, settings=None, key=None, note: str = "") -> list[dict]:
     """Maps items to rows, one for one, in `path` (JSON lines, in the items' order), on all ranks, and returns the rows.
 
-    work(batch of items, seed) -> their rows. Batches of `size` (neighbours under `key`, so that lengths match) and their
-    seeds are the same for any number of ranks and any number of interruptions. Every finished batch is a line in
+    work(batch of items, the batch's number) -> their rows. Batches of `size` (neighbours under `key`, so that lengths match)
+    and their numbers are the same for any number of ranks and interruptions. Every finished batch is a line in
     PATH.partRANK; a killed phase goes on from there, a finished one is only read. `settings` guards against going
     on with others."""
     rank, world = ranks()
@@ -359,7 +359,7 @@ def phase(path: Path, items: list, work, size: int, settings=None, key=None, not
         with open(part, "a") as file:
             file.write("\n")  # ends a line that a kill may have torn
             for b in progress(mine, f"{note or path.stem} ({world} rank{'s' * (world > 1)}, batches of {size})"):
-                rows = work([items[i] for i in batches[b]], seed_of(settings, b))
+                rows = work([items[i] for i in batches[b]], b)
                 file.write(json.dumps({"stamp": stamp, "batch": b, "rows": rows}, ensure_ascii=False) + "\n")
                 file.flush()
         barrier()
@@ -379,10 +379,10 @@ def generate(out: Path, rows: list[dict], model: str, tok, *, temperature: float
     The model is loaded only if there is something left to do."""
     lm, prompts = None, [prompt_ids(tok, row["prompt"]) for row in rows]
 
-    def work(items, seed):
+    def work(items, number):
         nonlocal lm
         lm = lm or load_lm(model, dtype, device)
-        drawn = sample(lm, tok, [prompts[i] for i, _ in items], temperature, max_new_tokens, seed)
+        drawn = sample(lm, tok, [prompts[i] for i, _ in items], temperature, max_new_tokens, seed_of(seed, number))
         return [{"id": rows[i]["id"], "prompt": rows[i]["prompt"], "response": text, "meta": {"sample": j, "finish": finish}}
                 for (i, j), (text, finish) in zip(items, drawn)]
     settings = [model, temperature, max_new_tokens, str(dtype), seed, [row["id"] for row in rows]]
@@ -394,7 +394,7 @@ def held_out(folder: Path, rows: list[dict], model: str, tok, judge, *, note: st
     -> mean score, share of full marks, win/tie/loss of the answers against the annotations, share of answers that were cut (None without a judge)."""
     drawn = generate(folder / "answers.jsonl", rows, model, tok, note=f"{note}answer held-out prompts", **sampling)
 
-    def work(items, seed):
+    def work(items, number):
         new, own = (judge.score([(rows[i]["prompt"], side[i]["response"]) for i in items]) if judge else [None] * len(items) for side in (drawn, rows))
         return [drawn[i] | {"annotated": rows[i]["response"], "meta": drawn[i]["meta"] | {"score": s, "score_annotated": t}} for i, s, t in zip(items, new, own)]
     tested = phase(folder / "test.jsonl", list(range(len(rows))), work, sampling["batch"], [judge and judge.spec, model], note=f"{note}judge")

@@ -204,7 +204,7 @@ class Config:
             raise ValueError("--labels judge needs a judge; with --judge none use --labels annotation")
 
 
-TOY = dict(model="runs/toy/sft", data="runs/toy/train.jsonl", test="runs/toy/test.jsonl", judge="toy", limit=1500, max_response=64, beta=0.5, lr=2e-5,
+TOY = dict(model="runs/toy/sft", data="runs/toy/train.jsonl", test="runs/toy/test.jsonl", judge="toy", limit=2000, max_response=64, beta=1.0, lr=2e-5,
            mix_previous=False, micro_batch=16, sample_batch=250, parallel="ddp", dtype="float32", activation_checkpointing=False)
 
 
@@ -371,7 +371,7 @@ def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, 
 def label(c, iteration: int, rows: list[dict], drawn: list[dict], folder: Path, judge, dsl: bool) -> list[dict]:
     """DSL: annotated rows and the model's answers to them -> preference rows in folder/pairs.jsonl (unreadable and, if asked, tied ones too:
     chosen is None there, so that they are counted)."""
-    def work(items, seed):
+    def work(items, number):
         prompts = [rows[i]["prompt"] for i in items]
         own = judge.score([(p, rows[i]["response"]) for p, i in zip(prompts, items)]) if dsl else [None] * len(items)
         new = judge.score([(p, drawn[i]["response"]) for p, i in zip(prompts, items)]) if dsl else [None] * len(items)
@@ -396,7 +396,7 @@ def measure_logps(c, iteration: int, model: str, pairs: list[dict], folder: Path
     new = generate(folder / "new.jsonl", pairs, model, tok, seed=seed_of(c.seed, "new", iteration), note=f"iter {iteration}: sample again", **sampling)
     lm, dtype, device = None, sampling["dtype"], sampling["device"]
 
-    def work(items, seed):
+    def work(items, number):
         nonlocal lm
         lm = lm or Scorer(load_lm(model, dtype, device))
         texts = [(k, text, ended) for k in items for text, ended in ((pairs[k]["chosen"], pairs[k]["meta"]["chosen_ended"]),

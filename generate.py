@@ -51,7 +51,7 @@ class Config:
 
 def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[dict]:
     """The same from an OpenAI-compatible server."""
-    def work(items, seed):
+    def work(items, number):
         drawn = chat(client, c.model, [rows[i]["prompt"] for i, _ in items], temperature=c.temperature, top_p=1.0, max_tokens=c.max_new_tokens)
         return [{"id": rows[i]["id"], "prompt": rows[i]["prompt"], "response": text, "meta": {"sample": j, "finish": finish}}
                 for (i, j), (text, finish) in zip(items, drawn)]
