@@ -32,7 +32,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import itertools
 import json
 import math
 import os
@@ -106,13 +105,14 @@ class NoiseHead(nn.Linear):
         nn.init.constant_(self.bias, init)
 
 
-def draw(seeds: list[int], lengths: list[int], vocabulary: int, device) -> Tensor:
-    """eps ~ N(0, I) [sum of lengths, V], each stretch from its own seed: batch-mates, chunks and ranks change nothing."""
-    return torch.cat([torch.randn(n, vocabulary, device=device, generator=torch.Generator(device).manual_seed(s)) for s, n in zip(seeds, lengths)])
+def draw(seeds: list[int], vocabulary: int, device) -> Tensor:
+    """eps ~ N(0, I) [N, V], each token's from its own seed: batch-mates, chunks and ranks change nothing."""
+    generator = torch.Generator(device)
+    return torch.stack([torch.randn(vocabulary, generator=generator.manual_seed(s), device=device) for s in seeds])
 
 
 class NoisyReference(Scorer):
-    """The frozen reference, with a trainable NoiseHead on the logits of negative answers (none: init is None, plain SPIN)."""
+    """The frozen reference, with a trainable NoiseHead on the logits of negative answers (init None: no noise, SPIN's reference)."""
 
     def __init__(self, lm, init: float | None):
         super().__init__(lm.requires_grad_(False).eval())
@@ -124,25 +124,22 @@ class NoisyReference(Scorer):
         B = len(ids) // 2
         with torch.no_grad():
             h, y, row = self.hidden(ids, mask)
-            negative = row >= B if self.noise else torch.zeros_like(row, dtype=torch.bool)
-            out = h.new_zeros(2 * B, dtype=torch.float32).index_add(0, row[~negative], self.head(h[~negative], y[~negative]))
-        first, second = h.new_zeros(B, dtype=torch.float32), h.new_zeros(B, dtype=torch.float32)
-        h, y, row = h[negative], y[negative], row[negative]
-        lengths = mask[B:, 1:].sum(1).tolist() if self.noise else []
-        stretches = [(seeds[b] + at, min(CHUNK, n - at)) for b, n in enumerate(lengths) for at in range(0, n, CHUNK)]
-        while stretches:  # as many whole stretches as fit: never more than CHUNK x V of noisy logits alive
-            count = sum(total <= CHUNK for total in itertools.accumulate(n for _, n in stretches))
-            (s, n), stretches = zip(*stretches[:count]), stretches[count:]
+            plain = row < B if self.noise else torch.ones_like(row, dtype=torch.bool)
+            logps = h.new_zeros(2 * B, dtype=torch.float32).index_add(0, row[plain], self.head(h[plain], y[plain]))
+        mean, square = h.new_zeros(B, dtype=torch.float32), h.new_zeros(B, dtype=torch.float32)
+        if not self.noise:
+            return logps, mean, square
 
-            def noisy(h, y, s=s, n=n):
-                std = self.noise(h)
-                logps = noisy_token_logps(self.lm.lm_head(h), std, draw(s, n, std.shape[1], h.device), y)
-                return logps, std.float().mean(1), std.float().square().mean(1)
-            N = sum(n)
-            logps, mean, square = checkpoint(noisy, h[:N], y[:N], use_reentrant=False, preserve_rng_state=False)
-            out, first, second = out.index_add(0, row[:N], logps), first.index_add(0, row[:N] - B, mean), second.index_add(0, row[:N] - B, square)
-            h, y, row = h[N:], y[N:], row[N:]
-        return out, first, second
+        def noisy(h: Tensor, y: Tensor, token_seeds: list[int]):  # [n, D], [n] -> [n], [n], [n]
+            std = self.noise(h)
+            return noisy_token_logps(self.lm.lm_head(h), std, draw(token_seeds, std.shape[1], h.device), y), std.float().mean(1), std.float().square().mean(1)
+        h, y, row = h[~plain], y[~plain], row[~plain]
+        token_seeds = [seed + j for seed, n in zip(seeds, mask[B:, 1:].sum(1).tolist()) for j in range(n)]
+        for i in range(0, len(h), CHUNK):  # never more than CHUNK x V of noisy logits alive; the backward pass draws the same noise again
+            at = slice(i, i + CHUNK)
+            parts = checkpoint(noisy, h[at], y[at], token_seeds[at], use_reentrant=False, preserve_rng_state=False)
+            logps, mean, square = (total.index_add(0, index, part) for total, index, part in zip((logps, mean, square), (row[at], row[at] - B, row[at] - B), parts))
+        return logps, mean, square
 
 
 # ---------------------------------------------------------------- configuration
