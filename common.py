@@ -680,8 +680,8 @@ def parse(cls, presets: dict[str, dict] = {}, argv: list[str] | None = None):
             how = {"type": kind, "metavar": kind.__name__.upper()}
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         toy = f"; toy: {presets['toy'][field.name]}" if field.name in presets.get("toy", {}) else ""
-        names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
-        parser.add_argument(*names, default=argparse.SUPPRESS, help=f"{notes[field.name]} (default: {default}{toy})".replace("%", "%%"), **how)
+        names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}", *field.metadata.values()])
+        parser.add_argument(*names, dest=field.name, default=argparse.SUPPRESS, help=f"{notes[field.name]} (default: {default}{toy})".replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
     if presets:
         preset = given.setdefault("preset", "paper" if torch.cuda.is_available() else "toy")

@@ -1,7 +1,7 @@
 """Sampling as a command of its own: any model, any data, one process or many, resumable.
 
     python generate.py --model DIR --data prompts.jsonl --out answers.jsonl
-    torchrun --nproc_per_node 8 generate.py --model DIR --data HUB/ID:SPLIT --out answers.jsonl --n 4
+    torchrun --nproc_per_node 8 generate.py --model DIR --data HUB/ID:SPLIT --out answers.jsonl --samples 4
     python generate.py --model NAME --data prompts.jsonl --out answers.jsonl --endpoint http://HOST:8000/v1   # vLLM, SGLang, ...
 
 Answers are drawn from the model's own distribution (temperature 1, no top-k, no top-p), so that they are samples of pi(.|x).
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -28,10 +28,9 @@ class Config:
     model: str = ""  # model folder or Hub id; with --endpoint, the name the server knows it by
     data: str = ""  # .jsonl, .json or .parquet file, or Hub id[:SPLIT]
     out: str = ""  # file to write
-    n: int = 1  # answers per prompt
+    n: int = field(default=1, metadata={"also": "--samples"})  # answers per prompt; --samples under torchrun, which on Python < 3.12.8 takes --n for one of its own
     temperature: float = 1.0  # 1 = the model's own distribution, 0 = greedy
     max_new_tokens: int = 512  # an answer of more tokens is cut
-    max_prompt: int = 1024  # a prompt of more tokens is left out and counted
     limit: int | None = None  # use the first LIMIT rows
     batch: int = 64  # answers sampled at a time
     seed: int = 0  # of the sampling
@@ -42,7 +41,7 @@ class Config:
         for name in ("model", "data", "out"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing")
-        for name in ("n", "max_new_tokens", "max_prompt", "batch"):
+        for name in ("n", "max_new_tokens", "batch"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
         if self.temperature < 0:
@@ -68,11 +67,10 @@ def main():
     client = endpoint(c.endpoint) if c.endpoint else None
     if not client:
         tok, config = load_tokenizer(c.model)
-        if c.max_prompt + c.max_new_tokens > config.max_position_embeddings:
-            die(f"--max_prompt {c.max_prompt} + --max_new_tokens {c.max_new_tokens} is more than {c.model}'s context of {config.max_position_embeddings}")
-        short = [row for row in rows if len(prompt_ids(tok, row["prompt"])) <= c.max_prompt]
-        dropped["prompts longer than --max_prompt"] = len(rows) - len(short)
-        rows = short or die(f"all {len(rows)} prompts are longer than --max_prompt {c.max_prompt}")
+        room = config.max_position_embeddings - c.max_new_tokens
+        short = [row for row in rows if len(prompt_ids(tok, row["prompt"])) <= room]
+        dropped[f"prompts of more than {room} tokens, {c.model}'s context less --max_new_tokens"] = len(rows) - len(short)
+        rows = short or die(f"none of the {len(rows)} prompts has at most {room} tokens, {c.model}'s context less --max_new_tokens {c.max_new_tokens}")
     local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     if "RANK" in os.environ:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))  # only barriers; a slow rank is waited for

@@ -39,8 +39,12 @@ SHAPES = {
         {"prompt": [user("hi")], "response": "hello", "meta": {}}, {"prompt": [system("be brief"), user("2+2?")], "response": "4", "meta": {}}]),
     "ultrafeedback_binarized: a text prompt beside whole conversations": ("pair", [
         {"prompt": "hi", "prompt_id": "p1", "chosen": [user("hi"), assistant("good")], "rejected": [user("hi"), assistant("bad")],
-         "messages": [user("hi"), assistant("good")], "score_chosen": 8.0, "score_rejected": 3.0}], [
-        {"prompt": [user("hi")], "chosen": "good", "rejected": "bad", "meta": {}}]),
+         "messages": [user("hi"), assistant("good")], "score_chosen": 8.0, "score_rejected": 3.0},
+        {"prompt": "a", "prompt_id": "p2", "chosen": [user("a"), assistant("b"), user("c"), assistant("d")],
+         "rejected": [user("a"), assistant("b"), user("c"), assistant("e")], "messages": [user("a"), assistant("b"), user("c"), assistant("d")],
+         "score_chosen": 7.5, "score_rejected": 7.0}], [
+        {"prompt": [user("hi")], "chosen": "good", "rejected": "bad", "meta": {}},
+        {"prompt": [user("a"), assistant("b"), user("c")], "chosen": "d", "rejected": "e", "meta": {}}]),
     "trl: explicit prompt": ("pair", [
         {"prompt": [system("s"), user("a"), assistant("b"), user("c")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}], [
         {"prompt": [system("s"), user("a"), assistant("b"), user("c")], "chosen": "good", "rejected": "bad", "meta": {}}]),
@@ -55,7 +59,8 @@ SHAPES = {
         {"prompt": [user("hi")], "chosen": "good", "rejected": "bad", "meta": {}}]),
     "hh-rlhf: single and multi turn": ("pair", [
         {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: go away"},
-        {"chosen": "\n\nHuman: a?\n\nAssistant: b.\n\nHuman: c?\n\nAssistant: d\n\ne", "rejected": "\n\nHuman: a?\n\nAssistant: b.\n\nHuman: c?\n\nAssistant: f"}], [
+        {"chosen": "\n\nHuman: a?\n\nAssistant: b.\n\nHuman: c?\n\nAssistant: d\n\ne",
+         "rejected": "\n\nHuman: a?\n\nAssistant: b.\n\nHuman: c?\n\nAssistant: f"}], [
         {"prompt": [user("hi")], "chosen": "hello", "rejected": "go away", "meta": {}},
         {"prompt": [user("a?"), assistant("b."), user("c?")], "chosen": "d\n\ne", "rejected": "f", "meta": {}}]),
     "alpaca: with and without input": ("response", [
@@ -98,6 +103,10 @@ def stored(folder, kind, rows):
     return str(path)
 
 
+def without_id(row):
+    return {name: value for name, value in row.items() if name != "id"}
+
+
 def jsonl(folder, *rows):
     return stored(folder, "jsonl", rows)
 
@@ -116,8 +125,8 @@ def test_every_shape_in_every_container_becomes_the_same_rows(shape, tmp_path):
     ids = set()
     for kind in ("jsonl", "json", "parquet", "folder"):
         rows, dropped = load_rows(stored(tmp_path, kind, raw), need)
-        ids.add(tuple(row.pop("id") for row in rows))
-        assert rows == expected, kind
+        ids.add(tuple(row["id"] for row in rows))
+        assert [without_id(row) for row in rows] == expected, kind
         assert not dropped, kind
     assert len(ids) == 1
 
@@ -127,8 +136,9 @@ def test_a_pair_is_read_as_a_response_by_its_chosen_side_and_as_a_prompt_by_neit
     for shape, (need, raw, expected) in SHAPES.items():
         if need == "pair":
             path = jsonl(tmp_path, *raw)
-            assert [(r["prompt"], r["response"], "chosen" in r) for r in load_rows(path, "response")[0]] == [(e["prompt"], e["chosen"], False) for e in expected], shape
-            assert [(r["prompt"], set(r)) for r in load_rows(path, "prompt")[0]] == [(e["prompt"], {"id", "prompt", "meta"}) for e in expected], shape
+            assert [without_id(row) for row in load_rows(path, "response")[0]] == [
+                {"prompt": e["prompt"], "response": e["chosen"], "meta": {}} for e in expected], shape
+            assert [without_id(row) for row in load_rows(path, "prompt")[0]] == [{"prompt": e["prompt"], "meta": {}} for e in expected], shape
 
 
 def test_a_text_that_quotes_a_dialogue_loses_nothing(tmp_path):
@@ -149,7 +159,8 @@ def test_a_split_is_named_after_a_colon(tmp_path):
     (tmp_path / "d").mkdir()
     for split in ("train", "test"):
         (tmp_path / "d" / f"{split}.jsonl").write_text(lines([{"prompt": split}]))
-    assert [load_rows(str(tmp_path / "d") + suffix, "prompt")[0][0]["prompt"] for suffix in ("", ":train", ":test")] == [[user("train")], [user("train")], [user("test")]]
+    for suffix, split in (("", "train"), (":train", "train"), (":test", "test")):
+        assert [row["prompt"] for row in load_rows(str(tmp_path / "d") + suffix, "prompt")[0]] == [[user(split)]]
 
 
 def test_limit_takes_the_first_rows(tmp_path):
@@ -200,16 +211,8 @@ def test_the_same_id_with_other_content_gets_an_id_of_its_own(tmp_path):
 
 def test_no_two_rows_ever_have_the_same_id(tmp_path):
     """... even where the data's own ids look like the ones we make."""
-    assert len(set(ids(tmp_path, {"id": "x-2", "prompt": "p", "response": "a"}, {"id": "x", "prompt": "p", "response": "b"}, {"id": "x", "prompt": "p", "response": "c"}))) == 3
-
-
-def test_a_lone_surrogate_is_a_character_like_others(tmp_path):
-    """Half of an emoji, as cut texts on the Hub contain it, is legal JSON: a row with it is loaded, or refused in one line, but no crash."""
-    (tmp_path / "x.jsonl").write_text('{"prompt": "a\\ud83d", "response": "b"}\n')
-    try:
-        assert len(load_rows(str(tmp_path / "x.jsonl"), "response")[0]) == 1
-    except SystemExit as end:
-        assert end.code == 2
+    rows = [{"id": name, "prompt": "p", "response": text} for name, text in (("x-2", "a"), ("x", "b"), ("x", "c"), ("y", "d"), ("y", "e"), ("y-2", "f"))]
+    assert len(set(ids(tmp_path, *rows))) == 6
 
 
 def test_the_held_out_tenth_is_the_same_in_any_run_and_any_order():
@@ -221,7 +224,7 @@ def test_the_held_out_tenth_is_the_same_in_any_run_and_any_order():
         assert [row for row in some if row in train] == train and len(train) == 40 - len(HELD)
 
 
-HELD = ["prompt 0"]
+HELD = ["prompt 0", "prompt 16", "prompt 18", "prompt 24", "prompt 30", "prompt 5"]
 
 
 def test_no_prompt_is_on_both_sides_and_about_a_tenth_is_held_out():
@@ -239,7 +242,7 @@ def test_no_prompt_is_on_both_sides_and_about_a_tenth_is_held_out():
 def bare(tmp_path_factory):
     """The toy world's files with a model that has no weights, and a context of 64: whoever reads weights before the checks are done fails."""
     folder = tmp_path_factory.mktemp("bare")
-    transformers.LlamaConfig(vocab_size=23, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64).save_pretrained(folder / "sft")
+    transformers.LlamaConfig(vocab_size=23, hidden_size=8, num_attention_heads=2, max_position_embeddings=64).save_pretrained(folder / "sft")
     toy.tokenizer().save_pretrained(folder / "sft")
     (folder / "train.jsonl").write_text(lines({"prompt": x, "response": x} for x in ("abcdef", "bcdefg", "cdefgh", "defghi")))
     (folder / "test.jsonl").write_text(lines({"prompt": x, "response": x} for x in ("hgfedc", "gfedcb")))
@@ -269,7 +272,8 @@ def refused(no_weights, monkeypatch, capsys):
 
 
 def generate_flags(bare, out, **more):
-    return [x for k, v in (dict(model=bare / "sft", data=bare / "train.jsonl", out=out, max_prompt=32, max_new_tokens=16) | more).items() for x in (f"--{k}", v)]
+    flags = dict(model=bare / "sft", data=bare / "train.jsonl", out=out, max_prompt=32, max_new_tokens=16) | more
+    return [x for name, value in flags.items() for x in (f"--{name}", value)]
 
 
 def has(line, *words):
@@ -278,26 +282,24 @@ def has(line, *words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--bete", "1"], ["--bete"]), (["--iter", "3"], ["--iter"]), (["--noise", "yes"], ["yes"]), (["stray"], ["stray"]), (["--batch"], ["--batch", "argument"]),
-    (["--lr", "fast"], ["--lr", "float", "fast"]), (["--batch", "1.5"], ["--batch", "int", "1.5"]), (["--labels", "gpt"], ["--labels", "gpt", "annotation"]),
-    (["--lr", "-1"], ["--lr", "above 0", "-1"]), (["--lr", "nan"], ["--lr", "nan"]), (["--beta", "0"], ["--beta", "above 0"]), (["--batch", "-8"], ["--batch", "-8"]),
-    (["--noise_init", "-0.1"], ["--noise_init", "-0.1"]), (["--iterations", "-1"], ["--iterations", "-1"]), (["--temperature", "-1"], ["--temperature", "-1"]),
-    (["--noise-penalty", "-2"], ["--noise_penalty", "-2"]), (["--limit", "-5"], ["--limit", "-5"]), (["--limit", "0"], ["--limit", "0"]),
-    (["--max_steps", "-1"], ["--max_steps", "-1"]), (["--max_steps", "0"], ["--max_steps", "0"]),
-    (["--labels", "judge", "--judge", "none"], ["--labels", "--judge", "none"])], ids=" ".join)
+    ("--bete 1", "--bete"), ("--iter 3", "--iter"), ("--noise yes", "yes"), ("stray", "stray"), ("--batch", "--batch|argument"),
+    ("--lr fast", "--lr|float|fast"), ("--batch 1.5", "--batch|int|1.5"), ("--labels gpt", "--labels|gpt|annotation"),
+    ("--lr -1", "--lr|above 0|-1"), ("--lr nan", "--lr|nan"),
+    ("--beta 0", "--beta|above 0"), ("--batch -8", "--batch|-8"), ("--noise_init -0.1", "--noise_init|-0.1"), ("--iterations -1", "--iterations|-1"),
+    ("--temperature -1", "--temperature|-1"), ("--noise-penalty -2", "--noise_penalty|-2"), ("--limit -5", "--limit|-5"), ("--limit 0", "0 training"),
+    ("--max_steps -1", "--max_steps|-1"), ("--max_steps 0", "--max_steps|0"), ("--labels judge --judge none", "--labels|--judge none")])
 def test_a_wrong_flag_is_named(flags, words, refused, bare, tmp_path):
     """Unknown, abbreviated, mistyped, out of range or contradictory: one line that names the flag and the value."""
-    has(refused(dnpo, *dnpo_flags(bare, out=tmp_path / "out"), *flags), *words)
+    has(refused(dnpo, *dnpo_flags(bare, out=tmp_path / "out"), *flags.split()), *words.split("|"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--model", ""], ["--model", "missing"]), (["--out", ""], ["--out", "missing"]), (["--n", "0"], ["--n", "above 0"]), (["--temperature", "-1"], ["--temperature"]),
-    (["--max_new", "3"], ["--max_new"]), (["--dtype", "int8"], ["--dtype", "int8", "bfloat16"]), (["--limit", "-1"], ["--limit", "-1"]), (["--batch", "-1"], ["--batch", "-1"])],
-    ids=" ".join)
+    ("--model=", "--model|missing"), ("--out=", "--out|missing"), ("--n 0", "--n|above 0"), ("--temperature -1", "--temperature"), ("--max_new 3", "--max_new"),
+    ("--dtype int8", "--dtype|int8|bfloat16"), ("--limit -1", "--limit|-1"), ("--batch -1", "--batch|-1")])
 def test_a_wrong_flag_of_generate_is_named(flags, words, refused, bare, tmp_path):
     """The same for generate.py."""
-    has(refused(generate, *generate_flags(bare, tmp_path / "out.jsonl"), *flags), *words)
+    has(refused(generate, *generate_flags(bare, tmp_path / "out.jsonl"), *flags.split()), *words.split("|"))
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -313,12 +315,13 @@ BAD_FILES = {
     "no parquet": (".parquet", "PAR1 no", ["not a parquet file"]),
     "no object": (".jsonl", GOOD + "[1, 2]\n", [":2:", "object", "list"]),
     "no object in a list": (".json", "[" + GOOD + ", 7]", ["item 2", "object", "int"]),
-    "unknown columns": (".jsonl", GOOD + '{"text": "a", "label": 1}\n', [":2:", "'label', 'text'", '{"messages": [...]}', '"instruction"', "for example", '{"prompt": "Sort: b a"']),
+    "unknown columns": (".jsonl", GOOD + '{"text": "a", "label": 1}\n', [":2:", "'label', 'text'", '{"messages": [...]}', "for example", "Sort: b a"]),
     "no response": (".jsonl", '{"prompt": "a"}\n', [":1:", "['prompt']", "response", "for example"]),
     "null response": (".jsonl", '{"prompt": "a", "response": null}\n', [":1:", "response"]),
     "answer without prompt": (".jsonl", '{"chosen": "a", "rejected": "b"}\n', [":1:", "without a prompt"]),
     "number as response": (".jsonl", '{"question": "a", "answer": 5}\n', [":1:", "text"]),
     "parts as content": (".jsonl", '{"prompt": [{"role": "user", "content": [{"type": "text"}]}], "response": "a"}\n', [":1:", "text"]),
+    "half an emoji, which is no Unicode": (".jsonl", GOOD + '{"prompt": "a\\ud83d", "response": "b"}\n', [":2:"]),
     "empty prompt": (".jsonl", GOOD + '{"prompt": " \\n", "response": "b"}\n', [":2:", "empty prompt"]),
     "empty turn": (".jsonl", lines([{"prompt": [user("a"), assistant(""), user("c")], "response": "b"}]), [":1:", "empty prompt"]),
     "empty response": (".jsonl", GOOD + GOOD + '{"prompt": "a", "response": "  "}\n', [":3:", "empty response"]),
@@ -326,7 +329,7 @@ BAD_FILES = {
     "assistant first": (".jsonl", lines([{"messages": [assistant("a"), user("b"), assistant("c")]}]), [":1:", "roles out of order"]),
     "assistant last": (".jsonl", lines([{"prompt": [user("a"), assistant("b")], "response": "c"}]), [":1:", "roles out of order", "['user', 'assistant']"]),
     "answer by the user": (".jsonl", lines([{"chosen": [user("a"), user("b")], "rejected": [user("a"), user("c")]}]), [":1:", "roles out of order"]),
-    "system in the middle": (".jsonl", lines([{"prompt": [user("a"), assistant("b"), system("s"), user("c")], "response": "d"}]), [":1:", "roles out of order", "system"]),
+    "system in the middle": (".jsonl", lines([{"prompt": [user("a"), system("s"), user("c")], "response": "d"}]), [":1:", "roles out of order", "system"]),
     "other names": (".jsonl", lines([{"prompt": [{"role": "human", "content": "a"}], "response": "d"}]), [":1:", "roles out of order", "human"]),
 }
 
@@ -359,7 +362,8 @@ def test_two_prompts_in_one_pair_are_refused(tmp_path, capsys):
 def test_faulty_rows_of_a_data_set_are_left_out_and_counted(tmp_path, capsys):
     """Nobody can mend the Hub from here: rows are counted by reason; wrong columns still end the run."""
     good = {"prompt": [user("a")], "response": "b"}
-    path = stored(tmp_path, "folder", [good, good | {"response": " "}, good | {"prompt": [assistant("a")]}, good | {"prompt": [user("c"), user("d")]}, good | {"response": "d"}])
+    faulty = [good | {"response": " "}, good | {"prompt": [assistant("a")]}, good | {"prompt": [user("c"), user("d")]}]
+    path = stored(tmp_path, "folder", [good, *faulty, good | {"response": "d"}])
     rows, dropped = load_rows(path, "response")
     assert [row["response"] for row in rows] == ["b", "d"] and dict(dropped) == {"empty response": 1, "roles out of order": 2}
     with pytest.raises(SystemExit):
@@ -383,7 +387,8 @@ def test_a_path_that_is_no_model_is_named(refused, bare, tmp_path):
     (tmp_path / "runs").mkdir()
     broken = model_copy(bare, tmp_path)
     (broken / "config.json").write_text("{")
-    for path, words in ((tmp_path / "runs", ["not a model", "config.json"]), (bare / "train.jsonl", ["not a model"]), (tmp_path / "none", ["neither"]), (broken, ["neither"])):
+    for path, words in ((tmp_path / "runs", ["not a model", "config.json"]), (bare / "train.jsonl", ["not a model"]), (tmp_path / "none", ["neither"]),
+                        (broken, ["neither"])):
         for line in (refused(dnpo, *dnpo_flags(bare, model=path)), refused(generate, *generate_flags(bare, tmp_path / "out", model=path)),
                      refused(dnpo, *dnpo_flags(bare, judge=f"rm:{path}")), refused(dnpo, *dnpo_flags(bare, judge=f"hf:{path}"))):
             has(line, str(path), *words)
@@ -408,9 +413,9 @@ def test_a_head_that_is_not_linear_is_refused(refused, bare, tmp_path):
 def test_a_prompt_that_the_template_refuses_is_reported_in_one_line(refused, bare, tmp_path):
     """Some templates (Gemma's) raise on a system turn: the row's id and the template's message, no traceback."""
     strict = model_copy(bare, tmp_path, drop=["chat_template.jinja"])
-    (strict / "chat_template.jinja").write_text("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ messages[0]['content'] }}")
+    (strict / "chat_template.jinja").write_text("{{ raise_exception('No system role') if messages[0]['role'] == 'system' else messages[0]['content'] }}")
     data = jsonl(tmp_path, {"id": "r1", "prompt": [system("s"), user("a")], "response": "b"})
-    has(refused(dnpo, *dnpo_flags(bare, model=strict, data=data)), "System role not supported")
+    has(refused(dnpo, *dnpo_flags(bare, model=strict, data=data)), "No system role")
 
 
 def test_a_batch_must_be_divisible_by_ranks_times_micro_batch(refused, bare, monkeypatch):
@@ -430,7 +435,8 @@ def printed(module, monkeypatch, capsys, *flags):
 def test_a_dry_run_checks_everything_and_leaves_nothing(no_weights, bare, tmp_path, monkeypatch, capsys):
     """Lengths that just fit the context (48 + 16 = 64) and a divisible batch pass; no folder, no weights; the example shows what is learned."""
     shown = printed(dnpo, monkeypatch, capsys, *dnpo_flags(bare, out=tmp_path / "out", max_prompt=48, dry_run=True))
-    has(shown, "4 training, 2 held-out", "batch 16 = 1 ranks x 8 pairs x 2 micro-batches", "no loss: '<bos><|user|>abcdef<|assistant|>'", "with loss: 'abcdef<eos>' (9 + 7 tokens)")
+    has(shown, "4 training, 2 held-out", "batch 16 = 1 ranks x 8 pairs x 2 micro-batches",
+        "no loss: '<bos><|user|>abcdef<|assistant|>'", "with loss: 'abcdef<eos>' (9 + 7 tokens)")
     assert not (tmp_path / "out").exists()
 
 
@@ -448,8 +454,9 @@ def test_prompts_longer_than_the_limit_are_counted_and_none_left_is_an_error(no_
     flags = dnpo_flags(bare, data=data, test=data, out=tmp_path / "out", max_prompt=8, dry_run=True)
     has(printed(dnpo, monkeypatch, capsys, *flags), "2 training, 2 held-out", "4 left out: prompts longer than --max_prompt")
     has(refused(dnpo, *flags[:-1], "--max_prompt", 6), data, "0 training", "6 tokens")
-    monkeypatch.setattr(generate, "generate", lambda out, rows, *_, **__: [{"meta": {"finish": "stop"}} for row in rows if row["id"] in ("abcde", "abcd")])
-    has(printed(generate, monkeypatch, capsys, *generate_flags(bare, tmp_path / "o", data=data, max_prompt=8)), "2 prompts x 1", "2 left out: prompts longer", "2 answers")
+    monkeypatch.setattr(generate, "generate", lambda out, rows, *_, **__: [{"meta": {"finish": "stop"}} for row in rows])
+    shown = printed(generate, monkeypatch, capsys, *generate_flags(bare, tmp_path / "o", data=data, max_prompt=8))
+    has(shown, "2 prompts x 1", "2 left out: prompts longer than --max_prompt", "2 answers")
     has(refused(generate, *generate_flags(bare, tmp_path / "o", data=data, max_prompt=6)), "all 4 prompts", "--max_prompt 6")
 
 
@@ -464,18 +471,24 @@ def contents(folder):
 
 
 def test_a_folder_in_use_is_not_touched_without_resume_or_overwrite(refused, bare, tmp_path):
-    """A run's folder needs --resume or --overwrite; a folder that is no run is refused even so; a file is no folder. Nothing in them changes."""
-    run, other, file = tmp_path / "run", tmp_path / "other", tmp_path / "file"
+    """A run's folder needs --resume or --overwrite; a folder that is no run is refused even so. Nothing in them changes."""
+    run, other = tmp_path / "run", tmp_path / "other"
     run.mkdir(), other.mkdir()
-    (run / "config.json").write_text("{}"), (run / "results.json").write_text("mine"), (other / "thesis.tex").write_text("mine"), file.write_text("mine")
-    before = contents(run), contents(other), file.read_text()
+    (run / "config.json").write_text("{}"), (run / "results.json").write_text("mine"), (other / "thesis.tex").write_text("mine")
+    before = contents(run), contents(other)
     has(refused(dnpo, *dnpo_flags(bare, out=run)), str(run), "not empty", "--resume", "--overwrite")
     has(refused(dnpo, *dnpo_flags(bare, out=other)), str(other), "not empty")
     has(refused(dnpo, *dnpo_flags(bare, out=other, overwrite=True)), str(other), "no run", "--overwrite")
     has(refused(dnpo, *dnpo_flags(bare, out=other, resume=True)), str(other), "no run", "resume")
-    assert (contents(run), contents(other), file.read_text()) == before
-    has(refused(dnpo, *dnpo_flags(bare, out=file)), str(file))
-    assert file.read_text() == "mine"
+    assert (contents(run), contents(other)) == before
+
+
+def test_a_file_is_no_folder_for_a_run(refused, bare, tmp_path):
+    """--out that names a file is refused in one line, and the file stays, with --overwrite too."""
+    (tmp_path / "file").write_text("mine")
+    has(refused(dnpo, *dnpo_flags(bare, out=tmp_path / "file")), str(tmp_path / "file"))
+    has(refused(dnpo, *dnpo_flags(bare, out=tmp_path / "file", overwrite=True)), str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_output_file_that_exists_is_not_touched(refused, bare, tmp_path):
@@ -487,7 +500,7 @@ def test_an_output_file_that_exists_is_not_touched(refused, bare, tmp_path):
 
 def test_a_run_is_resumed_only_with_its_own_config(no_weights, refused, bare, tmp_path, monkeypatch):
     """Another --beta is refused with both values, and nothing changes; the same config goes on to load the model; --iterations may be raised."""
-    out, begun = tmp_path / "run", dnpo_flags(bare, out=tmp_path / "run")
+    out, begun = tmp_path / "run", dnpo_flags(bare, out=tmp_path / "run", beta=0.5)
     out.mkdir()
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(parse(dnpo.Config, PRESETS, list(map(str, begun))))))
     before = contents(out)
@@ -517,8 +530,6 @@ def test_an_endpoint_that_does_not_answer_is_named(refused, bare, tmp_path, monk
 @pytest.mark.parametrize("spec", ["gpt-4o", "toy:1", "none:", "rm:", "hf:", "api:", "openai:gpt-4o", ""])
 def test_a_judge_that_is_none_is_refused(spec, refused, bare, tmp_path):
     """--judge is toy, hf:PATH, rm:PATH, api:MODEL or none: anything else is answered with this list."""
-    if spec == "none:":
-        pytest.skip("reads as none; --labels judge refuses it elsewhere") if False else None
     has(refused(dnpo, *dnpo_flags(bare, out=tmp_path / "out"), "--judge", spec), f"--judge {spec}".strip(), "toy, hf:PATH, rm:PATH, api:MODEL or none")
 
 
@@ -531,15 +542,14 @@ def test_only_the_first_rank_speaks(monkeypatch, capsys):
         assert (end.value.code, capsys.readouterr().err) == (2, shown)
 
 
-def test_bad_input_is_one_line_for_a_real_process_too(bare, tmp_path):
-    """Libraries loaded on the way to the check print nothing of their own: broken data and a model that is none in dnpo.py, no template in generate.py."""
-    (tmp_path / "x.jsonl").write_text(GOOD + "{\n")
-    plain = model_copy(bare, tmp_path, drop=["chat_template.jinja"])
-    for name, flags, words in (("dnpo.py", dnpo_flags(bare, data=tmp_path / "x.jsonl"), ["x.jsonl:2: broken JSON"]), ("dnpo.py", dnpo_flags(bare, model="no/model"), ["no/model: neither"]),
-                               ("generate.py", generate_flags(bare, tmp_path / "o", model=plain), ["no chat template"])):
-        done = script(name, *flags, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-        has(done.stderr, *words)
+@pytest.mark.parametrize("name", ["dnpo.py", "generate.py"])
+def test_bad_input_is_one_line_for_a_real_process_too(name, bare, tmp_path):
+    """What libraries load on the way to the check prints nothing of its own: a name that is no model behind a data set folder, a model without template."""
+    plain, data = model_copy(bare, tmp_path, drop=["chat_template.jinja"]), stored(tmp_path, "folder", [{"prompt": "a", "response": "b"}])
+    flags, words = {"dnpo.py": (dnpo_flags(bare, data=data, model="no/model"), "error: no/model: neither"),
+                    "generate.py": (generate_flags(bare, tmp_path / "o", model=plain), f"error: {plain}: its tokenizer has no chat template")}[name]
+    done = script(name, *flags, cwd=tmp_path, HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 2 and done.stderr.startswith(words) and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -548,7 +558,8 @@ def test_bad_input_is_one_line_for_a_real_process_too(bare, tmp_path):
 
 def test_a_flag_may_be_written_with_dashes_or_underscores():
     """--max-prompt 7 is --max_prompt 7, --no-mix-previous is --no-mix_previous, and both do what they say."""
-    ours, theirs = (parse(dnpo.Config, PRESETS, argv) for argv in (["--max_prompt", "7", "--no-mix_previous", "--noise_lr=0.5"], ["--max-prompt", "7", "--no-mix-previous", "--noise-lr=0.5"]))
+    ours = parse(dnpo.Config, PRESETS, ["--max_prompt", "7", "--no-mix_previous", "--noise_lr=0.5"])
+    theirs = parse(dnpo.Config, PRESETS, ["--max-prompt", "7", "--no-mix-previous", "--noise-lr=0.5"])
     assert ours == theirs and (ours.max_prompt, ours.mix_previous, ours.noise_lr) == (7, False, 0.5)
 
 
@@ -560,17 +571,18 @@ def test_no_noise_turns_the_noise_off_and_noise_turns_it_on():
 
 def test_the_preset_is_toy_without_cuda_and_paper_with_it(monkeypatch):
     """... unless --preset says which."""
-    for cuda, asked, preset, beta, model in ((False, [], "toy", 0.5, "runs/toy/sft"), (True, [], "paper", 0.1, "alignment-handbook/zephyr-7b-sft-full"),
-                                             (True, ["--preset", "toy"], "toy", 0.5, "runs/toy/sft"), (False, ["--preset=paper"], "paper", 0.1, "alignment-handbook/zephyr-7b-sft-full")):
+    toys, papers = ("toy", "toy", "runs/toy/sft"), ("paper", "rm:Skywork/Skywork-Reward-V2-Llama-3.1-8B", "alignment-handbook/zephyr-7b-sft-full")
+    for cuda, asked, expected in ((False, [], toys), (True, [], papers), (True, ["--preset", "toy"], toys), (False, ["--preset=paper"], papers)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         c = parse(dnpo.Config, PRESETS, asked)
-        assert (c.preset, c.beta, c.model) == (preset, beta, model)
+        assert (c.preset, c.judge, c.model) == expected
 
 
 def test_a_flag_overrides_the_preset():
     """Whatever is typed holds, also where it equals the field's own default; the rest is the preset's."""
-    c = parse(dnpo.Config, PRESETS, ["--preset", "toy", "--beta", "0.1", "--limit", "12", "--mix_previous"])
-    assert (c.beta, c.limit, c.mix_previous, c.judge, c.lr) == (0.1, 12, True, "toy", 2e-5)
+    plain, c = (parse(dnpo.Config, PRESETS, ["--preset", "toy", *more]) for more in ([], ["--max_response", "512", "--limit", "12", "--dtype", "bfloat16"]))
+    assert (plain.max_response, plain.dtype) == (64, "float32") and (dnpo.Config.max_response, dnpo.Config.dtype) == (512, "bfloat16")
+    assert c == dataclasses.replace(plain, max_response=512, limit=12, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("config, presets", [(dnpo.Config, PRESETS), (generate.Config, {})], ids=["dnpo", "generate"])

@@ -1,0 +1,321 @@
+"""Whole runs of dnpo.py and generate.py: any number of ranks, any interruption, and the numbers of the report, recomputed."""
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, dnpo_flags, environment, script
+from safetensors.torch import load_file
+
+import common
+import dnpo
+import generate
+
+
+def run(monkeypatch, module, *flags):
+    """A script's main() in this process, as if started with these flags."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
+    module.main()
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(out: Path) -> list[dict]:
+    """metrics.jsonl without what a clock or the machine decides."""
+    return [{k: v for k, v in m.items() if k not in ("pairs_per_second", "memory_gib")} for m in lines(out / "metrics.jsonl")]
+
+
+def results(out: Path) -> dict:
+    return {k: v for k, v in json.loads((out / "results.json").read_text()).items() if k != "seconds"}
+
+
+def weights(folder: Path) -> dict:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_close(a: dict, b: dict, atol: float):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.fixture(scope="module")
+def flags(world):
+    """Two iterations of three steps, the last one smaller, strong noise; returns flags for a folder."""
+    return lambda out, **more: dnpo_flags(world, out=out, **({"limit": 40, "noise_init": 0.5, "noise_lr": 1e-2, "lr": 2e-4} | more))
+
+
+@pytest.fixture(scope="module")
+def plain(flags, tmp_path_factory):
+    """One uninterrupted run in one process."""
+    folder = tmp_path_factory.mktemp("plain")
+    done = script("dnpo.py", *flags("run"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+# ---------------------------------------------------------------- ranks
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_do_what_one_does(plain, flags, tmp_path, parallel):
+    """Samples and labels are the same bytes; losses, noise, gradient norms and weights agree after every step of both iterations."""
+    done = script("dnpo.py", *flags("run", parallel=parallel, micro_batch=4), cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    for name in ("responses.jsonl", "pairs.jsonl"):
+        assert (tmp_path / "run/iter1" / name).read_bytes() == (plain / "iter1" / name).read_bytes()
+    ours, theirs = metrics(plain)[:3], metrics(tmp_path / "run")[:3]
+    assert len(metrics(tmp_path / "run")) == len(metrics(plain)) == 6
+    for a, b in zip(ours, theirs):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+    assert_close(weights(plain / "iter1/checkpoint"), weights(tmp_path / "run/iter1/checkpoint"), atol=2e-5)
+    # the second iteration, with noise, from the same start: the sampled pairs must agree for the numbers to
+    assert (tmp_path / "run/iter2/pairs.jsonl").read_bytes() == (plain / "iter2/pairs.jsonl").read_bytes()
+    for a, b in zip(metrics(plain)[3:], metrics(tmp_path / "run")[3:]):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-4) and b["noise/std"] > 0.4
+    assert_close(weights(plain / "iter2/checkpoint"), weights(tmp_path / "run/iter2/checkpoint"), atol=1e-4)
+
+
+def test_none_under_torchrun_is_refused(flags, tmp_path):
+    """Two ranks that would train apart are an error, not two runs."""
+    done = script("dnpo.py", *flags("run", parallel="none"), cwd=tmp_path, ranks=2)
+    assert done.returncode != 0 and done.stderr.count("error: --parallel none") == 1 and not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+@pytest.mark.parametrize("update", ["joint", "alternating"])
+def test_six_steps_are_three_and_resume_and_three(monkeypatch, flags, tmp_path, update):
+    """Model, optimizer, noise head and its optimizer, learning rate, order and noise go on bit for bit; no line of metrics stands twice."""
+    more = dict(noise_update=update, warmup_iterations=0, epochs=2, save_every=3)
+    run(monkeypatch, dnpo, *flags(tmp_path / "whole", **more))
+
+    class Killed(BaseException):
+        pass
+
+    def save_and_die(*args, **kwargs):
+        common.save_state(*args, **kwargs)
+        raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(dnpo, "save_state", save_and_die)
+        run(patch, dnpo, *flags(tmp_path / "halves", **more))
+    extra = dict(metrics(tmp_path / "halves")[-1], step=4)  # measured, but after the saved state: must be measured again
+    with open(tmp_path / "halves/metrics.jsonl", "a") as file:
+        file.write(json.dumps(extra) + '\n{"iteration": 1, "st')
+    run(monkeypatch, dnpo, *flags(tmp_path / "halves", **more), "--resume")
+    assert [m["step"] for m in metrics(tmp_path / "halves")] == [1, 2, 3, 4, 5, 6]
+    assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
+    assert_close(weights(tmp_path / "halves/iter1/checkpoint"), weights(tmp_path / "whole/iter1/checkpoint"), atol=0)
+    assert len({m["noise/std"] for m in metrics(tmp_path / "whole")}) == 6  # the noise did move
+
+
+PHASES = ["iter0/answers.jsonl.part0", "iter1/responses.jsonl.part0", "iter1/pairs.jsonl.part0", "iter1/state.pt", "iter1/checkpoint.tmp", "iter1/new.jsonl.part0",
+          "iter2/responses.jsonl.part0", "iter2/state.pt", "iter2/answers.jsonl.part0"]
+
+
+def test_a_run_killed_in_every_phase_ends_with_the_same_results(flags, tmp_path):
+    """SIGKILL while sampling, labelling, training, saving and measuring; --resume each time; results and answers are those of a run left alone."""
+    more = dict(limit=96, sample_batch=4, test_prompts=24, batch=8)
+    whole = subprocess.Popen(command("dnpo.py", *flags("whole", **more)), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    hits = []
+    for target in [*PHASES, None]:
+        resume = ["--resume"] if (tmp_path / "killed").exists() else []
+        process = subprocess.Popen(command("dnpo.py", *flags("killed", **more), *resume), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and target:
+            if (tmp_path / "killed" / target).exists():
+                process.send_signal(signal.SIGKILL)
+                hits.append(target)
+                break
+            time.sleep(0.001)
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+    assert whole.wait() == 0 and process.returncode == 0
+    assert {Path(h).name for h in hits} == {Path(p).name for p in PHASES}, f"killed only in {hits}"
+    assert results(tmp_path / "killed") == results(tmp_path / "whole") and metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    for name in ("iter1/responses.jsonl", "iter1/pairs.jsonl", "iter2/test.jsonl", "iter2/logps.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not [p for p in (tmp_path / "killed").rglob("*") if ".part" in p.name or p.name.endswith(".tmp") or p.name == "state.pt"]
+
+
+def test_a_finished_run_resumed_stays_as_it_is(monkeypatch, plain, flags):
+    """Nothing is sampled, trained or measured again; more iterations may be asked for."""
+    before, files = results(plain), {p: p.read_bytes() for p in plain.rglob("*.jsonl")}
+    monkeypatch.chdir(plain.parent)
+    for module in (dnpo, common):
+        monkeypatch.setattr(module, "load_lm", lambda *a, **k: pytest.fail("a model was loaded"))
+    run(monkeypatch, dnpo, *flags("run"), "--resume")
+    assert results(plain) == before and {p: p.read_bytes() for p in plain.rglob("*.jsonl")} == files
+
+
+# ---------------------------------------------------------------- generate.py
+
+
+def test_a_killed_generate_goes_on_and_loses_and_repeats_no_row(world, tmp_path):
+    """Killed after some batches and started again, by one process or two, the file has the same bytes as one left alone."""
+    flags = ["--model", world / "sft", "--data", world / "train.jsonl", "--samples", 2, "--max_new_tokens", 12, "--batch", 8]
+    whole = script("generate.py", *flags, "--out", "whole.jsonl", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    for name, ranks in (("killed.jsonl", 1), ("two.jsonl", 2)):
+        process = subprocess.Popen(command("generate.py", *flags, "--out", name), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
+        part = tmp_path / f"{name}.part0"
+        while process.poll() is None and not (part.exists() and part.read_text().count("\n") > 3):
+            time.sleep(0.001)
+        process.kill(), process.wait()
+        assert part.exists() and not (tmp_path / name).exists()
+        with open(part, "a") as file:
+            file.write('{"stamp": "torn')
+        assert script("generate.py", *flags, "--out", name, cwd=tmp_path, ranks=ranks).returncode == 0
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    rows = lines(tmp_path / "whole.jsonl")
+    assert [(r["id"], r["meta"]["sample"]) for r in rows] == [(r["id"], j) for r in lines(world / "train.jsonl") for j in (0, 1)]
+    again = script("generate.py", *flags, "--out", "whole.jsonl", cwd=tmp_path)
+    assert again.returncode == 2 and again.stderr.strip() == "error: whole.jsonl is there already: delete it, or choose another --out"
+
+
+def test_an_answer_is_cut_at_max_new_tokens_and_says_so(monkeypatch, world, tmp_path):
+    """finish is "length" exactly for the answers that did not end by themselves; one token is one letter here."""
+    run(monkeypatch, generate, "--model", world / "sft", "--data", world / "train.jsonl", "--out", tmp_path / "short.jsonl", "--max_new_tokens", 3)
+    rows = lines(tmp_path / "short.jsonl")
+    assert all(len(r["response"]) <= (3 if r["meta"]["finish"] == "length" else 2) for r in rows)  # <unk> and the like are not shown
+    assert sum(r["meta"]["finish"] == "length" and len(r["response"]) == 3 for r in rows) > 60
+
+
+def test_going_on_with_other_settings_is_refused(monkeypatch, world, tmp_path, capsys):
+    """Batches of another temperature or model do not mix into one file."""
+    (tmp_path / "a.jsonl.part0").write_text('{"stamp": "0123456789abcdef", "batch": 0, "rows": []}\n')
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, generate, "--model", world / "sft", "--data", world / "train.jsonl", "--out", tmp_path / "a.jsonl")
+    assert stop.value.code == 2 and "was begun with other settings" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what a run reports
+
+
+def toy_score(prompt: str, answer: str) -> float:
+    right = sorted(prompt)
+    return 10 * len([1 for i in range(min(len(right), len(answer))) if right[i] == answer[i]]) / max(len(right), len(answer))
+
+
+def test_the_reported_numbers_are_those_of_the_files(plain, world):
+    """score, full marks, win, tie, loss and swapped are recomputed from answers, annotations and the judge's rule."""
+    annotated = {r["prompt"]: r["response"] for name in ("train", "test") for r in lines(world / f"{name}.jsonl")}
+    report = json.loads((plain / "results.json").read_text())
+    assert [(r["iteration"], r["update"]) for r in report["iterations"]] == [(0, "start"), (1, "spin"), (2, "dnpo")] and report["seed"] == 0 and report["seconds"] > 0
+    for r in report["iterations"]:
+        rows = lines(plain / f"iter{r['iteration']}/test.jsonl")
+        held_out = {row["prompt"] for row in lines(world / "test.jsonl")[:16]}
+        assert {row["prompt"][0]["content"] for row in rows} == held_out
+        pairs = [(toy_score(x, row["response"]), toy_score(x, annotated[x])) for row in rows for x in [row["prompt"][0]["content"]]]
+        assert r["score"] == pytest.approx(sum(s for s, _ in pairs) / 16) and r["full_marks"] == sum(s == 10 for s, _ in pairs) / 16
+        assert (r["win"], r["tie"], r["loss"]) == (sum(s > t for s, t in pairs) / 16, sum(s == t for s, t in pairs) / 16, sum(s < t for s, t in pairs) / 16)
+    for k, dsl in ((1, False), (2, True)):
+        drawn, made = lines(plain / f"iter{k}/responses.jsonl"), lines(plain / f"iter{k}/pairs.jsonl")
+        swapped = 0
+        for y, row in zip(drawn, made, strict=True):
+            x = y["prompt"][0]["content"]
+            better = dsl and toy_score(x, y["response"]) > toy_score(x, annotated[x])
+            swapped += better
+            assert (row["chosen"], row["rejected"]) == ((y["response"], annotated[x]) if better else (annotated[x], y["response"]))
+            assert (row["meta"]["rejected_ended"], row["meta"]["chosen_ended"]) == ((True, True) if better else (y["meta"]["finish"] == "stop", True)) or better
+        assert report["iterations"][k]["swapped"] == swapped / 40
+    assert report["iterations"][2]["noise_std"] == metrics(plain)[-1]["noise/std"] and report["iterations"][1]["noise_std"] is None
+    assert report["iterations"][2]["grad_norm"] == pytest.approx(sum(m["grad_norm"] for m in metrics(plain)[3:]) / 3)
+
+
+def test_an_iteration_without_noise_starts_at_ln_2_and_margin_0(plain):
+    """Policy and reference are the same model in the same shapes; with noise the margin of the first step is not 0."""
+    spin, noisy = metrics(plain)[0], metrics(plain)[3]
+    assert spin["loss"] == pytest.approx(math.log(2), abs=1e-6) and spin["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert noisy["rewards/chosen"] == pytest.approx(0, abs=1e-6) and abs(noisy["rewards/margins"]) > 1e-2
+
+
+def test_reported_log_probs_are_the_trained_models(plain, world):
+    """logps.jsonl of iteration 2 against the saved checkpoint, one row at a time, with transformers' own logits."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    lm, tok = (kind.from_pretrained(plain / "iter2/checkpoint") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    pairs, new, found = (lines(plain / f"iter2/{name}.jsonl") for name in ("pairs", "new", "logps"))
+    for pair, sample, row in list(zip(pairs, new, found))[:4]:
+        for side, text, ended in (("positive", pair["chosen"], pair["meta"]["chosen_ended"]), ("negative", pair["rejected"], pair["meta"]["rejected_ended"]),
+                                  ("new", sample["response"], sample["meta"]["finish"] == "stop")):
+            x = tok.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False)
+            y = tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id] * ended
+            logps = lm(torch.tensor([x + y])).logits[0].double().log_softmax(-1)
+            assert row[side] == pytest.approx(sum(logps[len(x) - 1 + j, t].item() for j, t in enumerate(y)), abs=1e-3)
+
+
+def test_the_checkpoint_is_an_ordinary_model(plain):
+    """float32, tied weights once, with template and generation config; plain from_pretrained answers as the run's own sampler does."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = plain / "iter2/checkpoint"
+    lm, tok = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert "lm_head.weight" not in weights(folder) and lm.lm_head.weight is lm.model.embed_tokens.weight and lm.dtype == torch.float32
+    prompt = [{"role": "user", "content": "dacb"}]
+    ids = tok.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, ids.shape[1]:]
+    assert common.sample(lm, tok, [ids[0].tolist()], 0.0, 8, 0)[0][0] == tok.decode(out, skip_special_tokens=True)
+
+
+def test_samples_show_three_prompts_after_every_iteration(plain):
+    """samples.md holds the annotated and each iteration's answer to the first three held-out prompts."""
+    text = (plain / "samples.md").read_text()
+    for k in range(3):
+        for i in range(3):
+            row = lines(plain / f"iter{i}/test.jsonl")[k]
+            assert f"## {row['prompt'][0]['content']}\n\nannotated: {row['annotated']}\n" in text and f"\niteration {i}: {row['response']}\n" in text
+
+
+CELLS = {"spin": dict(labels="annotation", noise=False), "dsl": dict(noise=False), "npo": dict(labels="annotation"), "alternating": dict(noise_update="alternating")}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_cell_of_figure_8_runs(monkeypatch, flags, tmp_path, cell):
+    """SPIN, DSL alone, NPO alone and the alternating update; labels and noise are what the flags say, --max_steps is per iteration."""
+    run(monkeypatch, dnpo, *flags(tmp_path / "run", max_steps=2, **CELLS[cell]))
+    last, rows = results(tmp_path / "run")["iterations"][-1], metrics(tmp_path / "run")
+    assert [(m["iteration"], m["step"]) for m in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert (last["noise_std"] is not None) == (cell in ("npo", "alternating")) and last["update"] == ("spin" if cell == "spin" else "dnpo")
+    scored = [row["meta"]["score_generated"] for row in lines(tmp_path / "run/iter2/pairs.jsonl")]
+    assert all(s is None for s in scored) if cell in ("spin", "npo") else None not in scored
+
+
+def test_the_previous_iterations_pairs_are_mixed_in(monkeypatch, flags, tmp_path):
+    """--mix_previous: iteration 2 trains on the pairs of 2 and 1, iteration 1 on its own."""
+    run(monkeypatch, dnpo, *flags(tmp_path / "run", mix_previous=True))
+    kept = [sum(row["chosen"] != row["rejected"] for row in lines(tmp_path / f"run/iter{k}/pairs.jsonl")) for k in (1, 2)]
+    assert [r["pairs"] for r in results(tmp_path / "run")["iterations"][1:]] == [kept[0], sum(kept)]
+
+
+def test_ties_are_dropped_and_counted_if_asked(monkeypatch, flags, tmp_path):
+    """--ties drop leaves out exactly the pairs whose scores are equal."""
+    run(monkeypatch, dnpo, *flags(tmp_path / "run", ties="drop", warmup_iterations=0, max_steps=1))
+    rows = lines(tmp_path / "run/iter1/pairs.jsonl")
+    tied = [row for row in rows if row["meta"]["score_annotated"] == row["meta"]["score_generated"]]
+    report = results(tmp_path / "run")["iterations"][1]
+    assert all((row["chosen"] is None) == (row in tied) for row in rows) and tied
+    assert report["left_out"]["tie"] == len(tied) and report["pairs"] == 40 - len(tied)
+
+
+def test_the_seed_decides_the_run(monkeypatch, flags, tmp_path):
+    """The same seed gives the same results in another folder, another seed gives others."""
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(monkeypatch, dnpo, *flags(tmp_path / name, seed=seed, max_steps=1, warmup_iterations=0))
+    assert results(tmp_path / "a") == results(tmp_path / "b") and metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(monkeypatch, flags, tmp_path, capsys):
+    """The example's parts with and without loss, counts and steps; no folder, no model."""
+    for module in (dnpo, common):
+        monkeypatch.setattr(module, "load_lm", lambda *a, **k: pytest.fail("a model was loaded"))
+    run(monkeypatch, dnpo, *flags(tmp_path / "run"), "--dry_run")
+    text = capsys.readouterr().out
+    assert "40 training, 16 held-out prompts" in text and "at most 3 steps" in text and "no loss: '<bos><|user|>" in text and "<eos>' (" in text
+    assert not list(tmp_path.iterdir())
