@@ -63,7 +63,7 @@ def load_rows(spec: str, need: str, limit: int | None = None) -> tuple[list[dict
     Errors: a file with a faulty row ends the program naming file and line; in a Hub data set, which nobody can mend
     from here, such rows are left out and counted."""
     local = Path(spec).suffix in (".jsonl", ".json", ".parquet")
-    rows, seen, dropped = [], {}, Counter()
+    rows, taken, seen, dropped = [], set(), set(), Counter()
     for where, raw in read_file(Path(spec)) if local else read_hub(spec):
         try:
             row = normalise(raw, need)
@@ -74,12 +74,14 @@ def load_rows(spec: str, need: str, limit: int | None = None) -> tuple[list[dict
             continue
         content = {k: row[k] for k in ("prompt", "response", "chosen", "rejected") if k in row}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
-        name = str(raw.get("id", raw.get("prompt_id", digest)))
-        if digest in seen.setdefault(name, []):
+        name = str(next(x for x in (raw.get("id"), raw.get("prompt_id"), digest) if x is not None))
+        if (name, digest) in seen:
             dropped["repeated rows"] += 1
             continue
-        seen[name].append(digest)
-        rows.append({"id": name if len(seen[name]) == 1 else f"{name}-{len(seen[name])}"} | row)
+        seen.add((name, digest))
+        name = next(x for x in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))) if x not in taken)
+        taken.add(name)
+        rows.append({"id": name} | row)
         if limit and len(rows) == limit:
             break
     if not rows:
@@ -123,6 +125,7 @@ def read_file(path: Path):
 def read_hub(spec: str):
     """The same from a Hub id or a folder, by the `datasets` library; NAME:SPLIT picks the split (default: train)."""
     import datasets
+    datasets.disable_progress_bars()  # on stderr, where one clear line is promised
     name, _, split = spec.partition(":")
     try:
         data = datasets.load_dataset(name, split=split or "train")
@@ -148,8 +151,8 @@ def normalise(raw: dict, need: str) -> dict:
     if need != "pair" and response is None:
         response, rejected = chosen, None
     sides = {"pair": {"chosen": chosen, "rejected": rejected}, "response": {"response": response}, "prompt": {}}[need]
-    if need == "prompt" and context is None and chosen is not None:
-        context, _ = split_answer(None, chosen)
+    if need == "prompt" and chosen is not None:
+        context, _ = split_answer(context, chosen)
     if None in sides.values() or (context is None and not sides):
         raise ValueError(f"columns {sorted(raw)} make no {need}; expected one of {SHAPES}, for example "
                          '{"prompt": "Sort: b a", "response": "a b"}')
@@ -164,15 +167,17 @@ def normalise(raw: dict, need: str) -> dict:
         raise ValueError("empty prompt")
     if any(not text.strip() for _, text in answers.values()):
         raise ValueError("empty response")
+    if any("\ud800" <= x <= "\udfff" for text in [m["content"] for m in contexts[0]] + [text for _, text in answers.values()] for x in text):
+        raise ValueError("not valid Unicode: half of a surrogate pair")
     return {"prompt": contexts[0]} | {name: text for name, (_, text) in answers.items()} | {"meta": raw.get("meta") or {}}
 
 
 def turns(value) -> list[dict]:
     """A string, HH-RLHF text ("\\n\\nHuman: ... \\n\\nAssistant: ...") or a list of messages -> messages."""
     if isinstance(value, str):
-        parts = re.split(r"\n\n(Human|Assistant):", value)
-        if len(parts) == 1:
+        if not value.startswith("\n\nHuman:"):
             return [{"role": "user", "content": value}]
+        parts = re.split(r"\n\n(Human|Assistant):", value)
         talk = [{"role": "user" if who == "Human" else "assistant", "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
         return talk[:-1] if talk[-1] == {"role": "assistant", "content": ""} else talk
     if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in value) or not value:
@@ -182,7 +187,7 @@ def turns(value) -> list[dict]:
 
 def split_answer(context: list[dict] | None, side) -> tuple[list[dict], str]:
     """One side of a row -> its prompt and its answer; a side that repeats the prompt brings its own."""
-    if isinstance(side, str) and "\n\nAssistant:" not in side:
+    if isinstance(side, str) and not side.startswith("\n\nHuman:"):
         if context is None:
             raise ValueError(f"columns: an answer without a prompt; expected one of {SHAPES}")
         return context, side
@@ -224,7 +229,11 @@ def load_tokenizer(path: str):
 
 def prompt_ids(tok, prompt: list[dict]) -> list[int]:
     """Ids of the chat template's rendering, the assistant's header included. The same for training, sampling and judging."""
-    return tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    from jinja2 import TemplateError
+    try:
+        return tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    except TemplateError as fault:
+        die(f"the chat template refuses a prompt of {[m['role'] for m in prompt]}: {fault}")
 
 
 def response_ids(tok, text: str, ended: bool, limit: int) -> list[int]:
@@ -299,26 +308,26 @@ class Scorer(nn.Module):
 # ---------------------------------------------------------------- sampling, and phases that leave files
 
 
-def load_lm(path: str, dtype: torch.dtype, device, train: bool = False):
-    """A causal LM. For sampling (train=False) nothing is inherited from its generation_config but the end tokens:
-    top_k, repetition penalties and the like would make the sample not the model's own."""
+def load_lm(path: str, dtype: torch.dtype, device):
+    """A causal LM without dropout: policy and reference must be the same function. Nothing is inherited from its generation_config
+    but the end tokens: top_k, repetition penalties and the like would make a sample not the model's own."""
     from transformers import AutoModelForCausalLM, GenerationConfig
     lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    if not train:
-        ends = lm.generation_config.eos_token_id
-        lm.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
-    return lm.to(device).train(train)
+    lm.generation_config = GenerationConfig(eos_token_id=lm.generation_config.eos_token_id, pad_token_id=0)
+    return lm.to(device).eval()
 
 
 @torch.no_grad()
-def sample(lm, tok, prompts: list[list[int]], temperature: float, max_new_tokens: int, seed: int) -> list[tuple[str, str]]:
-    """y ~ pi(.|x)^(1/temperature) for prompts as ids (greedy at 0) -> (text, "stop" | "length") each. Seeded per call."""
+def sample(lm, tok, prompts: list[list[int]], temperature: float, max_new_tokens: int, seed: int, allowed: list[int] | None = None) -> list[tuple[str, str]]:
+    """y ~ pi(.|x)^(1/temperature) for prompts as ids (greedy at 0), of `allowed` tokens only if given -> (text, "stop" | "length") each. Seeded per call."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=lm.device)  # left: the last column is always a prompt's
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
     ends = lm.generation_config.eos_token_id
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
+    if allowed:
+        how["prefix_allowed_tokens_fn"] = lambda sequence, ids: allowed
     torch.manual_seed(seed)
     out = lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), **how)
     answers = []
@@ -370,7 +379,12 @@ def phase(path: Path, items: list, work, size: int, settings=None, key=None, not
             for old in path.parent.glob(f"{path.name}.part*"):
                 old.unlink()
         barrier()
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_jsonl(path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a file of ours. Only "\\n" ends a line: str.splitlines would cut texts at U+2028 and its like."""
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def generate(out: Path, rows: list[dict], model: str, tok, *, temperature: float, max_new_tokens: int, batch: int, dtype: torch.dtype, device, seed: int,
@@ -408,7 +422,7 @@ def read_parts(path: Path, stamp: str) -> dict[int, list]:
     """batch -> rows of every whole line in PATH.part*; ends the program if they were begun with other settings."""
     done = {}
     for part in sorted(path.parent.glob(f"{path.name}.part*")):
-        for line in part.read_text(errors="replace").splitlines():
+        for line in part.read_text(errors="replace").split("\n"):
             with contextlib.suppress(json.JSONDecodeError):  # a torn line: its batch is done again
                 entry = json.loads(line)
                 if entry["stamp"] != stamp:
@@ -473,6 +487,7 @@ class Judge:
     (prompt, a, b); prompt is a list of messages. Scores of text judges are 1..10; a reward model's are its own."""
     full: float | None = 10.0  # full marks, None where the scale has no end
     orders = True  # ask compare() in both orders
+    fault: str | None = None  # why no more questions can be asked
 
     def __init__(self, spec: str, cache: Path | None):
         self.spec, self.asked, self.unreadable, self.known = spec, 0, 0, {}
@@ -497,6 +512,8 @@ class Judge:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.file, "a") as file:
                     file.write("\n" + json.dumps(new) + "\n")
+            if self.fault:
+                sys.exit(self.fault)
             self.asked += 0 if again else len(todo)
         self.unreadable += len(todo) - len(new)
         if self.asked >= 20 and self.unreadable > 0.2 * self.asked:
@@ -573,7 +590,8 @@ class TextJudge(Judge):
 
 
 class LocalJudge(TextJudge):
-    """hf:PATH, a local chat model. Its answer is begun for it ("Rating: [["), so that small models keep to the form."""
+    """hf:PATH, a local chat model. Its answer is begun for it ("Rating: [[") and held to the form (digits, or A, B, tie, and "]]"): a small
+    model says what it thinks, but not in the form that it is asked for."""
 
     def __init__(self, spec, cache, device, dtype):
         super().__init__(spec, cache)
@@ -582,10 +600,13 @@ class LocalJudge(TextJudge):
 
     def complete(self, questions, opening, again):
         self.lm = self.lm or load_lm(self.path, self.dtype, self.device)
-        ids = [prompt_ids(self.tok, [{"role": "user", "content": q}]) + self.tok(opening, add_special_tokens=False)["input_ids"] for q in questions]
+        encode = lambda text: self.tok(text, add_special_tokens=False)["input_ids"]
+        forms = range(1, 11) if opening == "Rating: [[" else ("A", "B", "tie")
+        allowed = sorted({t for form in forms for t in encode(f"{opening}{form}]]")[len(encode(opening)):]})
+        ids = [prompt_ids(self.tok, [{"role": "user", "content": q}]) + encode(opening) for q in questions]
         order, answers = sorted(range(len(ids)), key=lambda i: len(ids[i])), {}
         for i in range(0, len(ids), 16):
-            out = sample(self.lm, self.tok, [ids[j] for j in order[i:i + 16]], float(again), 6, seed_of(i))
+            out = sample(self.lm, self.tok, [ids[j] for j in order[i:i + 16]], float(again), 4, seed_of(i), allowed)
             answers |= {j: opening + text for j, (text, _) in zip(order[i:i + 16], out)}
         return [answers[i] for i in range(len(ids))]
 
@@ -601,13 +622,14 @@ class EndpointJudge(TextJudge):
         self.client = endpoint()
 
     def complete(self, questions, opening, again):
-        return [text for text, _ in chat(self.client, self.spec.partition(":")[2], [[{"role": "user", "content": q}] for q in questions], temperature=0)]
+        answers, self.fault = chat(self.client, self.spec.partition(":")[2], [[{"role": "user", "content": q}] for q in questions], temperature=0)
+        return [answer[0] if answer else "" for answer in answers]
 
 
 def make_judge(spec: str, cache: Path | None, device="cpu", dtype=torch.float32) -> Judge | None:
     """toy | hf:PATH | rm:PATH | api:MODEL | none. Checks the path or the endpoint now; weights are loaded at the first question."""
     kind, _, name = spec.partition(":")
-    if kind in ("toy", "none") and not name:
+    if spec in ("toy", "none"):
         return ToyJudge(spec, None) if kind == "toy" else None  # exact and instant: nothing to cache
     if kind not in ("hf", "rm", "api") or not name:
         die(f"--judge {spec}: expected toy, hf:PATH, rm:PATH, api:MODEL or none")
@@ -635,23 +657,29 @@ def endpoint(url: str | None = None):
     return client
 
 
-def chat(client, model: str, conversations: list[list[dict]], **options) -> list[tuple[str, str]]:
-    """One answer per conversation -> (text, "stop" | "length"); text is "" where the server's answer was no answer.
-    API_CONCURRENCY at a time; the client retries 429, 5xx and time-outs with back-off, then the run ends."""
+def chat(client, model: str, conversations: list[list[dict]], **options) -> tuple[list[tuple[str, str] | None], str | None]:
+    """One answer per conversation, API_CONCURRENCY at a time -> [(text, "stop" | "length")], and what went wrong.
+    The client retries 429, 5xx and time-outs with back-off, and we a body that is no chat completion; where that does not help,
+    the rest is not asked, what is missing is None, and the message says why the run must end."""
     import openai
+    faults = []
 
     def one(messages):
-        try:
-            choice = client.chat.completions.create(model=model, messages=messages, **options).choices[0]
-            return choice.message.content or "", "length" if choice.finish_reason == "length" else "stop"
-        except openai.APIResponseValidationError:
-            return "", "stop"
-        except openai.OpenAIError as fault:
-            sys.exit(f"error: {client.base_url}: {fault} (after {API_RETRIES} retries); start again with --resume, nothing is asked twice")
-        except (ValueError, AttributeError, TypeError, IndexError):  # a body that is no chat completion
-            return "", "stop"
+        for _ in range(API_RETRIES + 1):
+            if faults:
+                return None
+            try:
+                choice = client.chat.completions.create(model=model, messages=messages, **options).choices[0]
+                return choice.message.content or "", "length" if choice.finish_reason == "length" else "stop"
+            except (ValueError, AttributeError, TypeError, IndexError, openai.APIResponseValidationError) as fault:
+                last = f"its answer is no chat completion ({type(fault).__name__})"
+            except openai.OpenAIError as fault:
+                last = str(fault)
+                break
+        faults.append(f"error: {client.base_url}: {' '.join(last.split())} (after {API_RETRIES} retries); start again, with --resume if there is one: no answer is asked for twice")
+        return None
     with ThreadPoolExecutor(API_CONCURRENCY) as pool:
-        return list(pool.map(one, conversations))
+        return list(pool.map(one, conversations)), faults[0] if faults else None
 
 
 # ---------------------------------------------------------------- flags, files, the metric line
@@ -685,7 +713,8 @@ def parse(cls, presets: dict[str, dict] = {}, argv: list[str] | None = None):
     given = vars(parser.parse_args(argv))
     if presets:
         preset = given.setdefault("preset", "paper" if torch.cuda.is_available() else "toy")
-        given = presets[preset] | given
+        own_data = {"test": None} if "data" in given else {}  # the preset's held-out data go with its training data
+        given = presets[preset] | own_data | given
     try:
         return cls(**given)
     except ValueError as fault:
@@ -696,6 +725,8 @@ def open_run(config, data: list[str], may_change: tuple[str, ...]) -> Path:
     """The run's folder, with config.json and run.json. Refuses a folder in use without --resume or --overwrite, and to resume with another config."""
     out, rank = Path(config.out), ranks()[0]
     wanted = {k: v for k, v in dataclasses.asdict(config).items() if k not in may_change}
+    if out.is_file():
+        die(f"{out} is a file: choose another --out")
     used = out.exists() and any(out.iterdir())
     if used and config.resume:
         if not (out / "config.json").is_file():
@@ -758,7 +789,7 @@ def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str):
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         lm = (scorer.module if hasattr(scorer, "module") else scorer).lm
-        with contextlib.suppress(OSError):  # none in the source: none in the copy
+        with contextlib.suppress(OSError):  # the source has none
             lm.generation_config = GenerationConfig.from_pretrained(source)
         tied = set(lm._tied_weights_keys or {}) if lm.config.tie_word_embeddings else set()
         lm.save_pretrained(temporary, state_dict={k.removeprefix("lm."): v for k, v in state.items() if k.removeprefix("lm.") not in tied})

@@ -53,7 +53,7 @@ from torch.utils.checkpoint import checkpoint
 
 import toy
 from common import (CHUNK, Scorer, barrier, collate, die, encode_pairs, generate, held_out, hold_out, load_lm, load_rows, load_state, load_tokenizer, make_judge,
-                    memory_gib, metric_line, open_run, parse, phase, progress, prompt_ids, ranks, response_ids, save_checkpoint, save_state, seed_of, sum_ranks,
+                    memory_gib, metric_line, open_run, parse, phase, progress, prompt_ids, ranks, read_jsonl, response_ids, save_checkpoint, save_state, seed_of, sum_ranks,
                     table, token_logps, truncate_metrics, write_atomic)
 
 
@@ -197,6 +197,9 @@ class Config:
         for name in ("iterations", "warmup_iterations", "noise_init", "noise_penalty", "temperature", "warmup"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must not be negative, not {getattr(self, name)}")
+        for name in ("limit", "max_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
         if self.judge == "none" and self.labels == "judge":
             raise ValueError("--labels judge needs a judge; with --judge none use --labels annotation")
 
@@ -298,7 +301,7 @@ def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float
 
 def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, device, noise: bool):
     """pi_{k+1} from pi_k on one iteration's pairs, into folder/checkpoint; training states in folder/state.pt, lines in metrics.jsonl."""
-    policy = shard(Scorer(load_lm(start, torch.float32, "cpu", train=True)), c, device)
+    policy = shard(Scorer(load_lm(start, torch.float32, "cpu")), c, device)
     reference = shard(NoisyReference(load_lm(start, torch.float32, "cpu"), c.noise_init if noise else None), c, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
     parts = {"policy": (policy, optimizer)}
@@ -463,7 +466,7 @@ def main():
             if not (folder / "checkpoint").exists():
                 train(c, iteration, encoded, model, folder, tok, device, noise)
             model, previous = str(folder / "checkpoint"), pairs
-            steps = [m for m in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if m["iteration"] == iteration]
+            steps = [m for m in read_jsonl(out / "metrics.jsonl") if m["iteration"] == iteration]
             result |= {"update": "dnpo" if dsl or noise else "spin", "swapped": sum(row["meta"]["swapped"] for row in pairs) / len(pairs), "pairs": len(encoded),
                        "left_out": dict(left_out), "noise_std": steps[-1]["noise/std"] if noise else None,
                        "grad_norm": sum(m["grad_norm"] for m in steps) / len(steps), "steps": len(steps)}
@@ -482,7 +485,7 @@ def main():
 
 def report(out: Path, results: list[dict], model: str, started: float):
     """samples.md, the table of results, and where the model is."""
-    answers = [[json.loads(line) for line in (out / f"iter{r['iteration']}" / "test.jsonl").read_text().splitlines()[:3]] for r in results]
+    answers = [read_jsonl(out / f"iter{r['iteration']}" / "test.jsonl")[:3] for r in results]
     text = "# Three held-out prompts, the annotated answer, and the model's after each iteration\n"
     for k, first in enumerate(answers[0]):
         text += f"\n## {first['prompt'][-1]['content']}\n\nannotated: {first['annotated']}\n" + "".join(f"\niteration {i}: {rows[k]['response']}\n" for i, rows in enumerate(answers))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -41,8 +42,8 @@ class Config:
         for name in ("model", "data", "out"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing")
-        for name in ("n", "max_new_tokens", "batch"):
-            if not getattr(self, name) > 0:
+        for name in ("n", "max_new_tokens", "batch", "limit"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
         if self.temperature < 0:
             raise ValueError(f"--temperature must not be negative, not {self.temperature}")
@@ -51,7 +52,9 @@ class Config:
 def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[dict]:
     """The same from an OpenAI-compatible server."""
     def work(items, number):
-        drawn = chat(client, c.model, [rows[i]["prompt"] for i, _ in items], temperature=c.temperature, top_p=1.0, max_tokens=c.max_new_tokens)
+        drawn, fault = chat(client, c.model, [rows[i]["prompt"] for i, _ in items], temperature=c.temperature, top_p=1.0, max_tokens=c.max_new_tokens)
+        if fault:
+            sys.exit(fault)
         return [{"id": rows[i]["id"], "prompt": rows[i]["prompt"], "response": text, "meta": {"sample": j, "finish": finish}}
                 for (i, j), (text, finish) in zip(items, drawn)]
     settings = [c.model, c.endpoint, c.temperature, c.max_new_tokens, [row["id"] for row in rows]]

@@ -48,8 +48,9 @@ SHAPES = {
     "trl: explicit prompt": ("pair", [
         {"prompt": [system("s"), user("a"), assistant("b"), user("c")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}], [
         {"prompt": [system("s"), user("a"), assistant("b"), user("c")], "chosen": "good", "rejected": "bad", "meta": {}}]),
-    "trl: implicit prompt": ("pair", [
-        {"chosen": [user("a"), assistant("b"), user("c"), assistant("good")], "rejected": [user("a"), assistant("b"), user("c"), assistant("bad")]}], [
+    "trl: implicit prompt, with the conversation beside it": ("pair", [
+        {"chosen": [user("a"), assistant("b"), user("c"), assistant("good")], "rejected": [user("a"), assistant("b"), user("c"), assistant("bad")],
+         "messages": [user("a"), assistant("b"), user("c"), assistant("good")]}], [
         {"prompt": [user("a"), assistant("b"), user("c")], "chosen": "good", "rejected": "bad", "meta": {}}]),
     "spin: real and generated": ("pair", [
         {"real": [user("hi"), assistant("good")], "generated": [user("hi"), assistant("bad")]}], [
@@ -272,7 +273,7 @@ def refused(no_weights, monkeypatch, capsys):
 
 
 def generate_flags(bare, out, **more):
-    flags = dict(model=bare / "sft", data=bare / "train.jsonl", out=out, max_prompt=32, max_new_tokens=16) | more
+    flags = dict(model=bare / "sft", data=bare / "train.jsonl", out=out, max_new_tokens=16) | more
     return [x for name, value in flags.items() for x in (f"--{name}", value)]
 
 
@@ -286,7 +287,7 @@ def has(line, *words):
     ("--lr fast", "--lr|float|fast"), ("--batch 1.5", "--batch|int|1.5"), ("--labels gpt", "--labels|gpt|annotation"),
     ("--lr -1", "--lr|above 0|-1"), ("--lr nan", "--lr|nan"),
     ("--beta 0", "--beta|above 0"), ("--batch -8", "--batch|-8"), ("--noise_init -0.1", "--noise_init|-0.1"), ("--iterations -1", "--iterations|-1"),
-    ("--temperature -1", "--temperature|-1"), ("--noise-penalty -2", "--noise_penalty|-2"), ("--limit -5", "--limit|-5"), ("--limit 0", "0 training"),
+    ("--temperature -1", "--temperature|-1"), ("--noise-penalty -2", "--noise_penalty|-2"), ("--limit -5", "--limit|-5"), ("--limit 0", "--limit|above 0"),
     ("--max_steps -1", "--max_steps|-1"), ("--max_steps 0", "--max_steps|0"), ("--labels judge --judge none", "--labels|--judge none")])
 def test_a_wrong_flag_is_named(flags, words, refused, bare, tmp_path):
     """Unknown, abbreviated, mistyped, out of range or contradictory: one line that names the flag and the value."""
@@ -296,7 +297,7 @@ def test_a_wrong_flag_is_named(flags, words, refused, bare, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     ("--model=", "--model|missing"), ("--out=", "--out|missing"), ("--n 0", "--n|above 0"), ("--temperature -1", "--temperature"), ("--max_new 3", "--max_new"),
-    ("--dtype int8", "--dtype|int8|bfloat16"), ("--limit -1", "--limit|-1"), ("--batch -1", "--batch|-1")])
+    ("--dtype int8", "--dtype|int8|bfloat16"), ("--limit -1", "--limit|-1"), ("--limit 0", "--limit|0"), ("--batch -1", "--batch|-1")])
 def test_a_wrong_flag_of_generate_is_named(flags, words, refused, bare, tmp_path):
     """The same for generate.py."""
     has(refused(generate, *generate_flags(bare, tmp_path / "out.jsonl"), *flags.split()), *words.split("|"))
@@ -329,7 +330,8 @@ BAD_FILES = {
     "assistant first": (".jsonl", lines([{"messages": [assistant("a"), user("b"), assistant("c")]}]), [":1:", "roles out of order"]),
     "assistant last": (".jsonl", lines([{"prompt": [user("a"), assistant("b")], "response": "c"}]), [":1:", "roles out of order", "['user', 'assistant']"]),
     "answer by the user": (".jsonl", lines([{"chosen": [user("a"), user("b")], "rejected": [user("a"), user("c")]}]), [":1:", "roles out of order"]),
-    "system in the middle": (".jsonl", lines([{"prompt": [user("a"), system("s"), user("c")], "response": "d"}]), [":1:", "roles out of order", "system"]),
+    "system in the middle": (".jsonl", lines([{"messages": [user("a"), system("s"), assistant("c")]}]), [":1:", "roles out of order", "system"]),
+    "system twice": (".jsonl", lines([{"prompt": [system("s"), system("s"), user("a")], "response": "b"}]), [":1:", "roles out of order", "system"]),
     "other names": (".jsonl", lines([{"prompt": [{"role": "human", "content": "a"}], "response": "d"}]), [":1:", "roles out of order", "human"]),
 }
 
@@ -449,21 +451,22 @@ def test_without_test_data_a_tenth_is_held_out(no_weights, bare, tmp_path, monke
 
 
 def test_prompts_longer_than_the_limit_are_counted_and_none_left_is_an_error(no_weights, refused, bare, tmp_path, monkeypatch, capsys):
-    """A prompt of n letters has n + 3 tokens: with --max_prompt 8, 5 letters stay, 6 are left out and counted; if all are, the run ends."""
+    """A prompt of n letters has n + 3 tokens: with room for 8, 5 letters stay, 6 are left out and counted; if all are, the run ends. For generate.py
+    the room is what --max_new_tokens leaves of the context of 64."""
     data = jsonl(tmp_path, *({"id": x, "prompt": x, "response": x} for x in ("abcde", "abcdef", "abcd", "abcdefg")))
     flags = dnpo_flags(bare, data=data, test=data, out=tmp_path / "out", max_prompt=8, dry_run=True)
     has(printed(dnpo, monkeypatch, capsys, *flags), "2 training, 2 held-out", "4 left out: prompts longer than --max_prompt")
     has(refused(dnpo, *flags[:-1], "--max_prompt", 6), data, "0 training", "6 tokens")
     monkeypatch.setattr(generate, "generate", lambda out, rows, *_, **__: [{"meta": {"finish": "stop"}} for row in rows])
-    shown = printed(generate, monkeypatch, capsys, *generate_flags(bare, tmp_path / "o", data=data, max_prompt=8))
-    has(shown, "2 prompts x 1", "2 left out: prompts longer than --max_prompt", "2 answers")
-    has(refused(generate, *generate_flags(bare, tmp_path / "o", data=data, max_prompt=6)), "all 4 prompts", "--max_prompt 6")
+    shown = printed(generate, monkeypatch, capsys, *generate_flags(bare, tmp_path / "o", data=data, max_new_tokens=56))
+    has(shown, "2 prompts x 1", "2 left out: prompts of more than 8 tokens", "2 answers")
+    has(refused(generate, *generate_flags(bare, tmp_path / "o", data=data, max_new_tokens=58)), "none of the 4 prompts", "6 tokens", "--max_new_tokens 58")
 
 
 def test_lengths_beyond_the_context_are_refused(refused, bare, tmp_path):
-    """49 + 16 tokens do not fit into a context of 64."""
+    """49 + 16 tokens do not fit into a context of 64, nor does an answer of 64 to any prompt."""
     has(refused(dnpo, *dnpo_flags(bare, max_prompt=49)), "--max_prompt 49", "--max_response 16", "64")
-    has(refused(generate, *generate_flags(bare, tmp_path / "o", max_prompt=49)), "--max_prompt 49", "--max_new_tokens 16", "64")
+    has(refused(generate, *generate_flags(bare, tmp_path / "o", max_new_tokens=64)), "context", "--max_new_tokens 64")
 
 
 def contents(folder):

@@ -239,7 +239,7 @@ def replaced_sample(monkeypatch, opening, answer):
     """Replaces the model's answers by answer(the question, whose letters the toy tokenizer knows); -> the batches it was asked in."""
     batches = []
 
-    def sample(lm, tok, prompts, temperature, max_new_tokens, seed):
+    def sample(lm, tok, prompts, temperature, *_):
         batches.append((len(prompts), temperature))
         out = []
         for ids in prompts:
@@ -271,6 +271,26 @@ def test_verdicts_of_a_local_model_are_asked_in_both_orders(world, monkeypatch):
     assert judge.compare([(user("cab"), "abc", "bbb")]) == ["tie"]
     replaced_sample(monkeypatch, "Verdict: [[", lambda text: "A]]" if text.endswith("ccc") else "B]]")  # against "ccc"
     assert judge.compare([(user("cab"), "aaa", "ccc"), (user("cab"), "ccc", "aaa")]) == ["A", "B"]
+
+
+def test_a_local_model_is_held_to_the_form(world, tmp_path, monkeypatch):
+    """It may say digits and brackets for a score, the letters of A, B and tie for a verdict, nothing else; what it says so may still be unreadable."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    core = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=chr(3), unk_token="?")
+    tok.chat_template = "{{ messages[0]['content'] }}"
+    tok.save_pretrained(tmp_path), LlamaConfig(vocab_size=128).save_pretrained(tmp_path)
+    judge, allowed = make_judge(f"hf:{tmp_path}", None), []
+    monkeypatch.setattr(common, "load_lm", lambda *_, **__: "a model")
+    monkeypatch.setattr(common, "sample", lambda lm, tok, prompts, *how: allowed.append("".join(map(chr, how[-1]))) or [("1]]", "length")] * len(prompts))
+    assert judge.score([(user("p"), "y")]) == [1] and judge.compare([(user("p"), "x", "y")]) == [None]
+    assert set(allowed[0]) == set("0123456789]") and set(allowed[1]) == set("ABtie]")
+    monkeypatch.undo()
+    lm, toy_tok = common.load_lm(str(world / "sft"), torch.float32, "cpu"), toy.tokenizer()
+    free, held = (common.sample(lm, toy_tok, [[1, 4, 9, 7, 8, 5]] * 4, 1.0, 12, 0, ids) for ids in (None, [15, 16]))  # "cab"; i and j
+    assert all(set(text) == set("ij") and finish == "length" for text, finish in held) and not any(set(text) <= set("ij") for text, _ in free)
 
 
 class Words(TextJudge):
@@ -373,19 +393,19 @@ def response_of(question):
 
 
 BAD_DAY = {"bad day": [429, 500, "<hang>", "<broken>", "The scale is [[1]] to [[10]]; Rating: [[7]]"], "refusal": ["I can't rate this.", "Rating: [[4]]"],
-           "empty": [{"choices": []}, "Rating: [[2]]"], "odd": [{"error": "x"}, {"choices": None}], "null": [answer(None), "Rating: [[3]]"], "good": ["[[9]]"]}
+           "bodies": [{"choices": []}, {"error": "x"}, {"choices": None}, "Rating: [[2]]"], "silent": [answer(None), answer("")], "good": ["Rating: [[9]]"]}
 
 
 def test_an_endpoint_with_a_bad_day_gives_the_right_scores_in_the_end(serve, tmp_path, capfd):
     """429, 500, a hang and broken JSON, then a score: 7, after 5 requests; what is unreadable twice is None; started again, only that is asked."""
     server = serve(lambda question, n: BAD_DAY[response_of(question)][n])
     items = [(user("p"), text) for text in BAD_DAY]
-    assert make_judge("api:m", tmp_path).score(items) == [7, 4, 2, None, 3, 9]
+    assert make_judge("api:m", tmp_path).score(items) == [7, 4, 2, None, 9]
     assert {response_of(question): n for question, n in server.times.items()} == {text: len(replies) for text, replies in BAD_DAY.items()}
     again, first = serve(lambda question, n: "Rating: [[5]]"), len(server.bodies)
-    assert make_judge("api:m", tmp_path).score(items) == [7, 4, 2, 5, 3, 9]
-    assert [response_of(question) for question in again.times] == ["odd"] and len(server.bodies) == first
-    assert make_judge("api:m", tmp_path).score(items) == [7, 4, 2, 5, 3, 9] and len(again.bodies) == 1
+    assert make_judge("api:m", tmp_path).score(items) == [7, 4, 2, 5, 9]
+    assert [response_of(question) for question in again.times] == ["silent"] and len(server.bodies) == first
+    assert make_judge("api:m", tmp_path).score(items) == [7, 4, 2, 5, 9] and len(again.bodies) == 1
     shown = "".join(capfd.readouterr()) + "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     assert server.keys == {"Bearer sk-secret"} and "sk-secret" not in shown
 
@@ -425,19 +445,20 @@ def test_no_more_requests_are_in_flight_than_allowed(serve, monkeypatch):
     assert 1 < server.most <= 3 and len(server.bodies) == 24
 
 
-def test_when_all_retries_fail_the_run_ends_in_one_line(serve, monkeypatch, tmp_path):
-    """First try and 2 retries, then the end, with the server's name; what was answered before is kept: on the next start only the rest is asked."""
+@pytest.mark.parametrize("failure", [503, "<broken>", 401, 404])
+def test_when_all_retries_fail_the_run_ends_in_one_line(failure, serve, monkeypatch, tmp_path):
+    """First try and 2 retries (none where they can't help), then the end, with the server's name, no further questions; what was answered before is kept."""
     monkeypatch.setattr(common, "API_RETRIES", 2), monkeypatch.setattr(common, "API_CONCURRENCY", 1)
-    server = serve(lambda question, n: 503 if response_of(question) == "c" else "Rating: [[6]]")
-    items = [(user("p"), text) for text in "abcd"]
+    server = serve(lambda question, n: failure if response_of(question) == "c" else "Rating: [[6]]")
+    items = [(user("p"), text) for text in "abcdef"]
     with pytest.raises(SystemExit) as end:
         make_judge("api:m", tmp_path).score(items)
     message = str(end.value.code)
     assert message.startswith("error: ") and server.url in message and "\n" not in message and "sk-secret" not in message
-    assert {response_of(question): n for question, n in server.times.items() if n > 1} == {"c": 3} and len(server.bodies) <= 6
+    assert {response_of(question): n for question, n in server.times.items()} == {"a": 1, "b": 1, "c": 1 if failure in (401, 404) else 3}
     well = serve(lambda question, n: "Rating: [[6]]")
-    assert make_judge("api:m", tmp_path).score(items) == [6, 6, 6, 6]
-    assert not {response_of(question) for question in well.times} & {"a", "b"}  # answered, and perhaps paid for, before
+    assert make_judge("api:m", tmp_path).score(items) == [6] * 6
+    assert sorted(response_of(question) for question in well.times) == ["c", "d", "e", "f"]  # a and b were answered, and perhaps paid for, before
 
 
 def generated(monkeypatch, capsys, url, data, out, *flags):
@@ -476,11 +497,13 @@ def test_answers_are_sampled_from_an_endpoint_through_a_bad_day(serve, monkeypat
 
 
 def test_a_broken_body_is_not_an_answer(serve, monkeypatch, capsys, tmp_path):
-    """Broken JSON from the server is asked again or ends the run; it is not stored as an empty answer that the model "gave"."""
-    server = serve(lambda question, n: "<broken>" if question == "b" and n == 0 else answer("yes"))
-    with contextlib.suppress(SystemExit):
-        rows, _ = generated(monkeypatch, capsys, server.url, prompts(tmp_path, "a", "b"), tmp_path / "o.jsonl")
-        assert [row["response"] for row in rows] == ["yes", "yes"]
+    """Broken JSON is asked again, and ends the run if it stays so; it is never stored as an empty answer that the model gave. A true empty answer is."""
+    server = serve(lambda question, n: "<broken>" if question == "c" or question == "b" and n == 0 else answer("" if question == "b" else "yes"))
+    rows, _ = generated(monkeypatch, capsys, server.url, prompts(tmp_path, "a", "b"), tmp_path / "o.jsonl")
+    assert [row["response"] for row in rows] == ["yes", ""] and server.times == {"a": 1, "b": 2}
+    with pytest.raises(SystemExit, match="error: "):
+        generated(monkeypatch, capsys, server.url, prompts(tmp_path, "c"), tmp_path / "p.jsonl")
+    assert not (tmp_path / "p.jsonl").exists()
 
 
 def test_an_interrupted_sampling_goes_on_where_it_was(serve, monkeypatch, capsys, tmp_path):
