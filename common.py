@@ -798,12 +798,11 @@ def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str):
     barrier()
 
 
-def sum_ranks(values: dict[str, float], device) -> dict[str, float]:
-    """Sums over ranks, one collective for all."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+def sum_ranks(values: dict[str, Tensor]) -> dict[str, float]:
+    """Sums over ranks: one collective and one wait for the device, for all values."""
+    total = torch.stack([value.double() for value in values.values()])
+    if dist.is_initialized():
+        dist.all_reduce(total)
     return dict(zip(values, total.tolist()))
 
 

@@ -246,14 +246,17 @@ def shard(module: nn.Module, c, device) -> nn.Module:
     return DDP(module) if dist.is_initialized() and trained else module
 
 
-def compute(c, device, *modules, last: bool):
-    """Context of a forward and backward pass: bf16 autocast (FSDP casts by itself), and no DDP traffic before the step's last micro-batch."""
+def autocast(c, device, module: nn.Module):
+    """bf16 compute over fp32 weights in a forward pass; FSDP casts by itself."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16" and not isinstance(module, FSDPModule))
+
+
+def no_sync(*modules: nn.Module, last: bool):
+    """DDP sends no gradients before a step's last micro-batch."""
     stack = contextlib.ExitStack()
-    if c.dtype == "bfloat16" and not any(isinstance(m, FSDPModule) for m in modules):
-        stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-    for m in modules:
-        if isinstance(m, DDP) and not last:
-            stack.enter_context(m.no_sync())
+    for module in modules:
+        if isinstance(module, DDP) and not last:
+            stack.enter_context(module.no_sync())
     return stack
 # --- end: shard ---
 
@@ -323,10 +326,10 @@ def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, 
             for j, (indices, weights) in enumerate(micros):
                 ids, mask = collate([pairs[i][:2] for i in indices] + [(pairs[i][0], pairs[i][2]) for i in indices], device)
                 weight, seeds = torch.tensor(weights, device=device), [seed_of(c.seed, "noise", iteration, step, update, i) for i in indices]
-                with compute(c, device, policy, reference, last=j + 1 == len(micros)):
-                    with torch.set_grad_enabled(update != "noise"):
+                with no_sync(policy, reference, last=j + 1 == len(micros)):
+                    with autocast(c, device, policy), torch.set_grad_enabled(update != "noise"):
                         logps = policy(ids, mask)  # [2B]
-                    with torch.set_grad_enabled(update != "model"):
+                    with autocast(c, device, policy), torch.set_grad_enabled(update != "model"):
                         ref_logps, sigma, sigma_squared = reference(ids, mask, seeds)  # [2B], [B], [B]
                     model, against = model_losses(logps, ref_logps, c.beta), noise_losses(logps, ref_logps, c.beta)
                     penalty = c.noise_penalty * (weight * sigma_squared).sum() / N
@@ -339,12 +342,12 @@ def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, 
                                         "rewards/accuracies": (positive > negative).float(), "logps/chosen": logps[:len(weight)], "logps/rejected": logps[len(weight):],
                                         "noise/std": sigma * B / N, "noise/square": sigma_squared * B / N,
                                         "noise/loss": against + c.noise_penalty * sigma_squared * B / N}.items():
-                        sums[name] = sums.get(name, 0.0) + (weight * value.detach()).sum().item() / B
+                        sums[name] = sums.get(name, 0.0) + (weight * value.detach()).sum() / B
             for name in {"model": ["policy"], "noise": ["noise"], "joint": ["policy", "noise"]}[update]:
                 norms[name] = take_step(parts[name][1], factor * {"policy": c.lr, "noise": c.noise_lr}[name], c.clip)
-        m = sum_ranks(sums, device)
-        m |= {"noise/spread": max(0.0, m.pop("noise/square") - m["noise/std"] ** 2) ** 0.5} if noise else {}
-        done = step - first + 1
+        m = sum_ranks(sums)
+        m["noise/spread"] = max(0.0, m.pop("noise/square") - m["noise/std"] ** 2) ** 0.5
+        m = m if noise else {name: value for name, value in m.items() if not name.startswith("noise")}
         m = {"iteration": iteration, "step": step + 1} | m | {"grad_norm": norms["policy"], "lr": factor * c.lr, "memory_gib": memory_gib(device),
              "pairs_per_second": sum(map(len, steps[first:step + 1])) / (time.time() - started)}
         if not math.isfinite(m["loss"]):
@@ -354,7 +357,7 @@ def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, 
         if ranks()[0] == 0:
             with open(metrics, "a") as file:
                 file.write(json.dumps(m) + "\n")
-            line = metric_line(m, len(steps), (time.time() - started) / done * (len(steps) - step - 1))
+            line = metric_line(m, len(steps), (time.time() - started) / (step - first + 1) * (len(steps) - step - 1))
             bar.set_description_str(line)
             if bar.disable and (step + 1) % max(1, len(steps) // 4) == 0:
                 print(line, flush=True)
@@ -369,30 +372,27 @@ def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, 
 
 
 def label(c, iteration: int, rows: list[dict], drawn: list[dict], folder: Path, judge, dsl: bool) -> list[dict]:
-    """DSL: annotated rows and the model's answers to them -> preference rows in folder/pairs.jsonl (unreadable and, if asked, tied ones too:
-    chosen is None there, so that they are counted)."""
+    """Annotated rows and the model's answers to them -> preference rows in folder/pairs.jsonl: by DSL, or the annotation on top (SPIN).
+    meta.why says why a pair is not trained on: "unreadable" judgement, or "tie" with --ties drop."""
     def work(items, number):
-        prompts = [rows[i]["prompt"] for i in items]
-        own = judge.score([(p, rows[i]["response"]) for p, i in zip(prompts, items)]) if dsl else [None] * len(items)
-        new = judge.score([(p, drawn[i]["response"]) for p, i in zip(prompts, items)]) if dsl else [None] * len(items)
+        own, new = (judge.score([(rows[i]["prompt"], side[i]["response"]) for i in items]) if dsl else [None] * len(items) for side in (rows, drawn))
         out = []
         for i, s, t in zip(items, own, new):
-            sides = {"annotated": (rows[i]["response"], True), "generated": (drawn[i]["response"], drawn[i]["meta"]["finish"] == "stop")}
-            unusable = dsl and (None in (s, t) or (c.ties == "drop" and s == t))
-            chosen = None if unusable else dynamic_labels(s, t) if dsl else "annotated"
-            (y, ended), (z, z_ended) = (sides[chosen], sides["generated" if chosen == "annotated" else "annotated"]) if chosen else ((None, True), (None, True))
-            out.append({"id": rows[i]["id"], "prompt": rows[i]["prompt"], "chosen": y, "rejected": z, "meta": {
-                "iteration": iteration, "swapped": chosen == "generated", "why": None if chosen else "unreadable" if None in (s, t) else "tie",
-                "score_annotated": s, "score_generated": t, "chosen_ended": ended, "rejected_ended": z_ended}})
+            why = "unreadable" if dsl and None in (s, t) else "tie" if dsl and c.ties == "drop" and s == t else None
+            generated = dsl and not why and dynamic_labels(s, t) == "generated"
+            texts, ended = [rows[i]["response"], drawn[i]["response"]], [True, drawn[i]["meta"]["finish"] == "stop"]
+            out.append({"id": rows[i]["id"], "prompt": rows[i]["prompt"], "chosen": texts[generated], "rejected": texts[not generated], "meta": {
+                "iteration": iteration, "swapped": generated, "why": why, "score_annotated": s, "score_generated": t,
+                "chosen_ended": ended[generated], "rejected_ended": ended[not generated]}})
         return out
-    return phase(folder / "pairs.jsonl", list(range(len(rows))), work, c.sample_batch, [iteration, c.ties, dsl, c.judge, [d["response"] for d in drawn]],
+    return phase(folder / "pairs.jsonl", list(range(len(rows))), work, c.sample_batch, [iteration, c.ties, dsl, c.judge, [row["response"] for row in drawn]],
                  note=f"iter {iteration}: label")
 
 
 def measure_logps(c, iteration: int, model: str, pairs: list[dict], folder: Path, tok, sampling: dict) -> dict:
     """Fig. 2 of pi_k: log pi of the positives and negatives it was trained on and of its own new answers to the same prompts, into folder/logps.jsonl;
     -> their means."""
-    pairs = [row for row in pairs if row["chosen"] is not None][:c.test_prompts]
+    pairs = [row for row in pairs if not row["meta"]["why"]][:c.test_prompts]
     new = generate(folder / "new.jsonl", pairs, model, tok, seed=seed_of(c.seed, "new", iteration), note=f"iter {iteration}: sample again", **sampling)
     lm, dtype, device = None, sampling["dtype"], sampling["device"]
 
@@ -428,7 +428,7 @@ def main():
     c = parse(Config, {"toy": TOY, "paper": {}})
     device = setup(c)
     # every check of the input comes before the first weight is read
-    rows, dropped = load_rows(c.data, "response", c.limit if c.test else None)
+    rows, dropped = load_rows(c.data, "response", c.limit if c.test else None)  # without --test the held-out rows come out of all of them
     train_rows, test_rows = (rows, load_rows(c.test, "response", c.test_prompts)[0]) if c.test else hold_out(rows)
     train_rows, test_rows = train_rows[:c.limit], test_rows[:min(c.test_prompts, c.limit or c.test_prompts)]
     tok, config = load_tokenizer(c.model)
@@ -456,9 +456,9 @@ def main():
             dsl, noise = (iteration > c.warmup_iterations and on for on in (c.labels == "judge", c.noise))
             drawn = generate(folder / "responses.jsonl", train_rows, model, tok, seed=seed_of(c.seed, "responses", iteration), note=f"{note}sample", **sampling)
             pairs = label(c, iteration, train_rows, drawn, folder, judge, dsl)
-            usable = [row for row in pairs + (previous if c.mix_previous else []) if row["chosen"] is not None]
+            usable = [row for row in pairs + (previous if c.mix_previous else []) if not row["meta"]["why"]]
             encoded, left_out = encode_pairs(tok, usable, c.max_prompt, c.max_response)
-            left_out.update(row["meta"]["why"] for row in pairs if row["chosen"] is None)
+            left_out.update(row["meta"]["why"] for row in pairs if row["meta"]["why"])
             if not encoded:
                 die(f"iteration {iteration}: no pair left to train on: " + ", ".join(f"{n} {why}" for why, n in left_out.items()))
             if judge:

@@ -588,6 +588,18 @@ def test_a_flag_overrides_the_preset():
     assert c == dataclasses.replace(plain, max_response=512, limit=12, dtype="bfloat16")
 
 
+def test_the_presets_held_out_data_go_with_its_training_data():
+    """Whoever brings --data is not measured on the toy world's prompts, unless --test says so."""
+    for argv, test in (([], "runs/toy/test.jsonl"), (["--data", "mine.jsonl"], None), (["--data", "mine.jsonl", "--test", "held.jsonl"], "held.jsonl")):
+        assert parse(dnpo.Config, PRESETS, ["--preset", "toy", *argv]).test == test
+
+
+def test_n_has_a_second_name():
+    """torchrun takes --n for one of its own flags: generate.py's --samples is the same."""
+    first, second = (parse(generate.Config, argv=["--model", "m", "--data", "d", "--out", "o", name, "4"]) for name in ("--n", "--samples"))
+    assert first == second and first.n == 4
+
+
 @pytest.mark.parametrize("config, presets", [(dnpo.Config, PRESETS), (generate.Config, {})], ids=["dnpo", "generate"])
 def test_every_flag_has_a_help_text_with_its_default(config, presets, monkeypatch, capsys):
     """--help says of every field what it means, in at least three words, and its default."""

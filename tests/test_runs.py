@@ -299,7 +299,7 @@ def test_ties_are_dropped_and_counted_if_asked(monkeypatch, flags, tmp_path):
     rows = lines(tmp_path / "run/iter1/pairs.jsonl")
     tied = [row for row in rows if row["meta"]["score_annotated"] == row["meta"]["score_generated"]]
     report = results(tmp_path / "run")["iterations"][1]
-    assert all((row["chosen"] is None) == (row in tied) for row in rows) and tied
+    assert all((row["meta"]["why"] == "tie") == (row in tied) for row in rows) and tied
     assert report["left_out"]["tie"] == len(tied) and report["pairs"] == 40 - len(tied)
 
 
