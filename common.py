@@ -376,9 +376,10 @@ def phase(path: Path, items: list, work, size: int, settings=None, key=None, not
             done = read_parts(path, stamp)
             rows = dict(zip(itertools.chain(*batches), itertools.chain(*(done[b] for b in range(len(batches))))))
             write_atomic(path, "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in range(len(items))))
-            for old in path.parent.glob(f"{path.name}.part*"):
-                old.unlink()
         barrier()
+    if rank == 0:
+        for old in path.parent.glob(f"{path.name}.part*"):
+            old.unlink()
     return read_jsonl(path)
 
 

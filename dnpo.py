@@ -364,8 +364,6 @@ def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, 
         if (step + 1) % c.save_every == 0 and step + 1 < len(steps):
             save_state(state, parts, step=step + 1)
     save_checkpoint(folder / "checkpoint", policy, tok, start)
-    if ranks()[0] == 0:
-        state.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- phases: sample -> label -> train -> measure
@@ -465,6 +463,8 @@ def main():
                 judge.free()
             if not (folder / "checkpoint").exists():
                 train(c, iteration, encoded, model, folder, tok, device, noise)
+            if ranks()[0] == 0:
+                (folder / "state.pt").unlink(missing_ok=True)
             model, previous = str(folder / "checkpoint"), pairs
             steps = [m for m in read_jsonl(out / "metrics.jsonl") if m["iteration"] == iteration]
             result |= {"update": "dnpo" if dsl or noise else "spin", "swapped": sum(row["meta"]["swapped"] for row in pairs) / len(pairs), "pairs": len(encoded),

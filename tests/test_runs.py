@@ -1,15 +1,15 @@
 """Whole runs of dnpo.py and generate.py: any number of ranks, any interruption, and the numbers of the report, recomputed."""
 import json
 import math
+import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, dnpo_flags, environment, script
+import tqdm
+from conftest import ROOT, dnpo_flags, script
 from safetensors.torch import load_file
 
 import common
@@ -21,6 +21,37 @@ def run(monkeypatch, module, *flags):
     """A script's main() in this process, as if started with these flags."""
     monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
     module.main()
+
+
+def forked(module, *flags, kill: tuple[str, str] | None = None) -> int:
+    """A script's main() in a process of its own -> its exit code. kill: SIGKILL ("in", a progress bar's note) at the bar's third item,
+    or ("before" | "after", a path's end) around the rename that gives that name."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        how, what = kill or (None, None)
+        stop, replace = lambda: os.kill(os.getpid(), signal.SIGKILL), os.replace
+
+        class Bar(tqdm.tqdm):
+            def __init__(self, *args, desc, **more):
+                super().__init__(*args, desc=desc, **more)
+                self.note = desc
+
+            def __iter__(self):
+                for n, item in enumerate(super().__iter__()):
+                    yield item if (how, n) != ("in", 2) or not f"{self.note} ".startswith(f"{what} ") else stop()
+
+        def rename(old, new):
+            if how == "before" and str(new).endswith(what):
+                stop()
+            replace(old, new)
+            if how == "after" and str(new).endswith(what):
+                stop()
+        tqdm.tqdm, os.replace, sys.argv = Bar, rename, [module.__file__, *map(str, flags)]
+        module.main()
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 def lines(path: Path) -> list[dict]:
@@ -49,7 +80,7 @@ def assert_close(a: dict, b: dict, atol: float):
 @pytest.fixture(scope="module")
 def flags(world):
     """Two iterations of three steps, the last one smaller, strong noise; returns flags for a folder."""
-    return lambda out, **more: dnpo_flags(world, out=out, **({"limit": 40, "noise_init": 0.5, "noise_lr": 1e-2, "lr": 2e-4} | more))
+    return lambda out, **more: dnpo_flags(world, out=out, **({"limit": 37, "noise_init": 0.5, "noise_lr": 1e-2, "lr": 2e-4} | more))
 
 
 @pytest.fixture(scope="module")
@@ -64,29 +95,64 @@ def plain(flags, tmp_path_factory):
 # ---------------------------------------------------------------- ranks
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_do_what_one_does(plain, flags, tmp_path, parallel):
-    """Samples and labels are the same bytes; losses, noise, gradient norms and weights agree after every step of both iterations."""
-    done = script("dnpo.py", *flags("run", parallel=parallel, micro_batch=4), cwd=tmp_path, ranks=2)
+TWO_RANKS = """import json, shutil, sys
+sys.path.insert(0, sys.argv[1])
+import common, dnpo
+
+class Died(BaseException):
+    pass
+
+def save_and_die(path, *args, **more):
+    common.save_state(path, *args, **more)
+    if "iter2" in str(path):
+        raise Died
+
+dnpo.dist.init_process_group("gloo")  # one group for all runs
+dnpo.dist.init_process_group = dnpo.dist.destroy_process_group = lambda *args, **more: None
+for dies, flags in json.loads(sys.argv[2]):
+    dnpo.save_state, sys.argv[1:] = save_and_die if dies else common.save_state, [str(flag) for flag in flags]
+    try:
+        dnpo.main()
+    except Died:
+        if common.ranks()[0] == 0:
+            shutil.copytree("resumed", "one/resumed")
+"""
+
+
+@pytest.fixture(scope="module")
+def two(flags, tmp_path_factory):
+    """The same on two ranks, several times under one torchrun, whose start takes longer than a run: `replicated`, `sharded`, and `resumed`, a sharded
+    run that died after the first step with noise and went on; `one/resumed` is what it left behind."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "two.py").write_text(TWO_RANKS)
+    runs = [(False, flags("replicated", parallel="ddp", micro_batch=4)), (False, flags("sharded", parallel="fsdp", micro_batch=4)),
+            (True, flags("resumed", parallel="fsdp", micro_batch=4)), (False, [*flags("resumed", parallel="fsdp", micro_batch=4), "--resume"])]
+    done = script(str(folder / "two.py"), ROOT, json.dumps(runs, default=str), cwd=folder, ranks=2)
     assert done.returncode == 0, done.stderr
-    for name in ("responses.jsonl", "pairs.jsonl"):
-        assert (tmp_path / "run/iter1" / name).read_bytes() == (plain / "iter1" / name).read_bytes()
-    ours, theirs = metrics(plain)[:3], metrics(tmp_path / "run")[:3]
-    assert len(metrics(tmp_path / "run")) == len(metrics(plain)) == 6
-    for a, b in zip(ours, theirs):
-        assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
-    assert_close(weights(plain / "iter1/checkpoint"), weights(tmp_path / "run/iter1/checkpoint"), atol=2e-5)
-    # the second iteration, with noise, from the same start: the sampled pairs must agree for the numbers to
-    assert (tmp_path / "run/iter2/pairs.jsonl").read_bytes() == (plain / "iter2/pairs.jsonl").read_bytes()
-    for a, b in zip(metrics(plain)[3:], metrics(tmp_path / "run")[3:]):
-        assert b == pytest.approx(a, rel=1e-3, abs=1e-4) and b["noise/std"] > 0.4
-    assert_close(weights(plain / "iter2/checkpoint"), weights(tmp_path / "run/iter2/checkpoint"), atol=1e-4)
+    return folder
 
 
-def test_none_under_torchrun_is_refused(flags, tmp_path):
+@pytest.mark.parametrize("name", ["replicated", "sharded"])
+def test_two_ranks_do_what_one_does(plain, two, name):
+    """Samples and labels are the same bytes; losses, noise, gradient norms and weights agree after every step of both iterations.
+    The last step has 5 pairs: on two ranks one place is filled with a pair of weight 0."""
+    out = two / name
+    assert [r["pairs"] for r in results(plain)["iterations"][1:]] == [37, 37] and len(metrics(out)) == len(metrics(plain)) == 6
+    for k, (first, last), close, near in ((1, (0, 3), dict(rel=1e-4, abs=1e-5), 2e-5), (2, (3, 6), dict(rel=1e-3, abs=1e-4), 1e-4)):
+        for file in ("responses.jsonl", "pairs.jsonl"):
+            assert (out / f"iter{k}" / file).read_bytes() == (plain / f"iter{k}" / file).read_bytes()
+        for a, b in zip(metrics(plain)[first:last], metrics(out)[first:last]):
+            assert b == pytest.approx(a, **close) and (k == 1 or b["noise/std"] > 0.4)
+        assert_close(weights(plain / f"iter{k}/checkpoint"), weights(out / f"iter{k}/checkpoint"), atol=near)
+
+
+def test_none_under_torchrun_is_refused(monkeypatch, flags, tmp_path, capsys):
     """Two ranks that would train apart are an error, not two runs."""
-    done = script("dnpo.py", *flags("run", parallel="none"), cwd=tmp_path, ranks=2)
-    assert done.returncode != 0 and done.stderr.count("error: --parallel none") == 1 and not (tmp_path / "run").exists()
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, dnpo, *flags(tmp_path / "run", parallel="none"))
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: --parallel none") and not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- interruptions
@@ -117,32 +183,38 @@ def test_six_steps_are_three_and_resume_and_three(monkeypatch, flags, tmp_path, 
     assert len({m["noise/std"] for m in metrics(tmp_path / "whole")}) == 6  # the noise did move
 
 
-PHASES = ["iter0/answers.jsonl.part0", "iter1/responses.jsonl.part0", "iter1/pairs.jsonl.part0", "iter1/state.pt", "iter1/checkpoint.tmp", "iter1/new.jsonl.part0",
-          "iter2/responses.jsonl.part0", "iter2/state.pt", "iter2/answers.jsonl.part0"]
+def test_sharded_training_goes_on_bit_for_bit_and_on_any_number_of_ranks(monkeypatch, plain, two, flags):
+    """A sharded run that dies with the noise in training: two ranks go on as if nothing had been, one process with what two had saved."""
+    assert metrics(two / "resumed") == metrics(two / "sharded") and results(two / "resumed") == results(two / "sharded")
+    assert_close(weights(two / "resumed/iter2/checkpoint"), weights(two / "sharded/iter2/checkpoint"), atol=0)
+    monkeypatch.chdir(two / "one")
+    assert [(m["iteration"], m["step"]) for m in metrics(two / "one/resumed")] == [(1, 1), (1, 2), (1, 3), (2, 1)]
+    assert forked(dnpo, *flags("resumed", parallel="fsdp", micro_batch=4), "--resume") == 0
+    assert [m["step"] for m in metrics(two / "one/resumed")] == [1, 2, 3, 1, 2, 3]
+    assert_close(weights(two / "one/resumed/iter2/checkpoint"), weights(plain / "iter2/checkpoint"), atol=1e-4)
+
+
+KILLS = [("in", "iter 0: answer"), ("before", "iter0/answers.jsonl"), ("in", "iter 0: judge"), ("in", "iter 1: sample"), ("after", "iter1/responses.jsonl"),
+         ("in", "iter 1: label"), ("in", "iter 1"), ("before", "iter1/state.pt"), ("after", "iter1/state.pt"), ("in", "iter 1"), ("before", "iter1/checkpoint"),
+         ("after", "iter1/checkpoint"), ("in", "iter 1: sample again"), ("in", "iter 1: log-probs"), ("in", "iter 2: sample"), ("after", "iter2/pairs.jsonl"),
+         ("after", "iter2/state.pt"), ("in", "iter 2"), ("before", "iter2/checkpoint"), ("in", "iter 2: answer"), ("before", "results.json"),
+         ("before", "samples.md")]
 
 
 def test_a_run_killed_in_every_phase_ends_with_the_same_results(flags, tmp_path):
-    """SIGKILL while sampling, labelling, training, saving and measuring; --resume each time; results and answers are those of a run left alone."""
-    more = dict(limit=96, sample_batch=4, test_prompts=24, batch=8)
-    whole = subprocess.Popen(command("dnpo.py", *flags("whole", **more)), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    hits = []
-    for target in [*PHASES, None]:
-        resume = ["--resume"] if (tmp_path / "killed").exists() else []
-        process = subprocess.Popen(command("dnpo.py", *flags("killed", **more), *resume), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and target:
-            if (tmp_path / "killed" / target).exists():
-                process.send_signal(signal.SIGKILL)
-                hits.append(target)
-                break
-            time.sleep(0.001)
-        _, errors = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), errors
-    assert whole.wait() == 0 and process.returncode == 0
-    assert {Path(h).name for h in hits} == {Path(p).name for p in PHASES}, f"killed only in {hits}"
+    """SIGKILL while sampling, labelling, training, saving, renaming and measuring; --resume each time; all files are those of a run left alone."""
+    more = dict(limit=45, sample_batch=5, batch=5, micro_batch=5, save_every=4)
+    assert forked(dnpo, *flags(tmp_path / "whole", **more)) == 0
+    for i, kill in enumerate(KILLS):
+        resume = ["--resume"] * (i > 0)
+        assert forked(dnpo, *flags(tmp_path / "killed", **more), *resume, kill=kill) == -signal.SIGKILL, f"never came to {kill}"
+    assert forked(dnpo, *flags(tmp_path / "killed", **more), "--resume") == 0
     assert results(tmp_path / "killed") == results(tmp_path / "whole") and metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    for name in ("iter1/responses.jsonl", "iter1/pairs.jsonl", "iter2/test.jsonl", "iter2/logps.jsonl"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not [p for p in (tmp_path / "killed").rglob("*") if ".part" in p.name or p.name.endswith(".tmp") or p.name == "state.pt"]
+    files = lambda folder: {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and p.parent.name != "judge"}
+    killed, whole = files(tmp_path / "killed"), files(tmp_path / "whole")
+    assert killed.keys() == whole.keys()
+    for name in whole.keys() - {"results.json", "metrics.jsonl", "run.json", "config.json"}:  # these hold clocks or the folder's name
+        assert killed[name].read_bytes() == whole[name].read_bytes(), name
 
 
 def test_a_finished_run_resumed_stays_as_it_is(monkeypatch, plain, flags):
@@ -161,23 +233,19 @@ def test_a_finished_run_resumed_stays_as_it_is(monkeypatch, plain, flags):
 def test_a_killed_generate_goes_on_and_loses_and_repeats_no_row(world, tmp_path):
     """Killed after some batches and started again, by one process or two, the file has the same bytes as one left alone."""
     flags = ["--model", world / "sft", "--data", world / "train.jsonl", "--samples", 2, "--max_new_tokens", 12, "--batch", 8]
-    whole = script("generate.py", *flags, "--out", "whole.jsonl", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    for name, ranks in (("killed.jsonl", 1), ("two.jsonl", 2)):
-        process = subprocess.Popen(command("generate.py", *flags, "--out", name), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
-        part = tmp_path / f"{name}.part0"
-        while process.poll() is None and not (part.exists() and part.read_text().count("\n") > 3):
-            time.sleep(0.001)
-        process.kill(), process.wait()
-        assert part.exists() and not (tmp_path / name).exists()
-        with open(part, "a") as file:
+    assert forked(generate, *flags, "--out", tmp_path / "whole.jsonl") == 0
+    for name, ranks in (("one.jsonl", 1), ("two.jsonl", 2)):
+        out = tmp_path / name
+        assert forked(generate, *flags, "--out", out, kill=("in", out.stem)) == -signal.SIGKILL and not out.exists()
+        with open(f"{out}.part0", "a") as file:
             file.write('{"stamp": "torn')
-        assert script("generate.py", *flags, "--out", name, cwd=tmp_path, ranks=ranks).returncode == 0
-        assert (tmp_path / name).read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        if ranks == 1:
+            assert forked(generate, *flags, "--out", out, kill=("before", name)) == -signal.SIGKILL
+            assert len(Path(f"{out}.part0").read_text().splitlines()) == 1 + 30 + 1  # an empty line, 30 batches, the torn one: none is drawn twice
+        assert (forked(generate, *flags, "--out", out) if ranks == 1 else script("generate.py", *flags, "--out", out, cwd=tmp_path, ranks=2).returncode) == 0
+        assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not list(tmp_path.glob(f"{name}.*"))
     rows = lines(tmp_path / "whole.jsonl")
     assert [(r["id"], r["meta"]["sample"]) for r in rows] == [(r["id"], j) for r in lines(world / "train.jsonl") for j in (0, 1)]
-    again = script("generate.py", *flags, "--out", "whole.jsonl", cwd=tmp_path)
-    assert again.returncode == 2 and again.stderr.strip() == "error: whole.jsonl is there already: delete it, or choose another --out"
 
 
 def test_an_answer_is_cut_at_max_new_tokens_and_says_so(monkeypatch, world, tmp_path):
@@ -208,7 +276,8 @@ def test_the_reported_numbers_are_those_of_the_files(plain, world):
     """score, full marks, win, tie, loss and swapped are recomputed from answers, annotations and the judge's rule."""
     annotated = {r["prompt"]: r["response"] for name in ("train", "test") for r in lines(world / f"{name}.jsonl")}
     report = json.loads((plain / "results.json").read_text())
-    assert [(r["iteration"], r["update"]) for r in report["iterations"]] == [(0, "start"), (1, "spin"), (2, "dnpo")] and report["seed"] == 0 and report["seconds"] > 0
+    assert [(r["iteration"], r["update"]) for r in report["iterations"]] == [(0, "start"), (1, "spin"), (2, "dnpo")]
+    assert report["seed"] == 0 and report["seconds"] > 0
     for r in report["iterations"]:
         rows = lines(plain / f"iter{r['iteration']}/test.jsonl")
         held_out = {row["prompt"] for row in lines(world / "test.jsonl")[:16]}
@@ -216,7 +285,11 @@ def test_the_reported_numbers_are_those_of_the_files(plain, world):
         pairs = [(toy_score(x, row["response"]), toy_score(x, annotated[x])) for row in rows for x in [row["prompt"][0]["content"]]]
         assert r["score"] == pytest.approx(sum(s for s, _ in pairs) / 16) and r["full_marks"] == sum(s == 10 for s, _ in pairs) / 16
         assert (r["win"], r["tie"], r["loss"]) == (sum(s > t for s, t in pairs) / 16, sum(s == t for s, t in pairs) / 16, sum(s < t for s, t in pairs) / 16)
+        assert r["cut"] == sum(row["meta"]["finish"] == "length" for row in rows) / 16
     for k, dsl in ((1, False), (2, True)):
+        logps = lines(plain / f"iter{k}/logps.jsonl")
+        assert {f"logp_{side}": sum(row[side] for row in logps) / 16 for side in ("positive", "negative", "new")}.items() <= report["iterations"][k].items()
+        assert report["iterations"][k]["steps"] == 3 and [row["id"] for row in logps] == [f"train-{i}" for i in range(16)]
         drawn, made = lines(plain / f"iter{k}/responses.jsonl"), lines(plain / f"iter{k}/pairs.jsonl")
         swapped = 0
         for y, row in zip(drawn, made, strict=True):
@@ -225,7 +298,7 @@ def test_the_reported_numbers_are_those_of_the_files(plain, world):
             swapped += better
             assert (row["chosen"], row["rejected"]) == ((y["response"], annotated[x]) if better else (annotated[x], y["response"]))
             assert (row["meta"]["rejected_ended"], row["meta"]["chosen_ended"]) == ((True, True) if better else (y["meta"]["finish"] == "stop", True)) or better
-        assert report["iterations"][k]["swapped"] == swapped / 40
+        assert report["iterations"][k]["swapped"] == swapped / 37
     assert report["iterations"][2]["noise_std"] == metrics(plain)[-1]["noise/std"] and report["iterations"][1]["noise_std"] is None
     assert report["iterations"][2]["grad_norm"] == pytest.approx(sum(m["grad_norm"] for m in metrics(plain)[3:]) / 3)
 
@@ -272,7 +345,8 @@ def test_samples_show_three_prompts_after_every_iteration(plain):
             assert f"## {row['prompt'][0]['content']}\n\nannotated: {row['annotated']}\n" in text and f"\niteration {i}: {row['response']}\n" in text
 
 
-CELLS = {"spin": dict(labels="annotation", noise=False), "dsl": dict(noise=False), "npo": dict(labels="annotation"), "alternating": dict(noise_update="alternating")}
+CELLS = {"spin": dict(labels="annotation", noise=False), "dsl": dict(noise=False), "npo": dict(labels="annotation"),
+         "alternating": dict(noise_update="alternating")}
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -300,7 +374,7 @@ def test_ties_are_dropped_and_counted_if_asked(monkeypatch, flags, tmp_path):
     tied = [row for row in rows if row["meta"]["score_annotated"] == row["meta"]["score_generated"]]
     report = results(tmp_path / "run")["iterations"][1]
     assert all((row["meta"]["why"] == "tie") == (row in tied) for row in rows) and tied
-    assert report["left_out"]["tie"] == len(tied) and report["pairs"] == 40 - len(tied)
+    assert report["left_out"]["tie"] == len(tied) and report["pairs"] == 37 - len(tied)
 
 
 def test_the_seed_decides_the_run(monkeypatch, flags, tmp_path):
@@ -317,5 +391,5 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(monkeypatch, flags, tmp_pat
         monkeypatch.setattr(module, "load_lm", lambda *a, **k: pytest.fail("a model was loaded"))
     run(monkeypatch, dnpo, *flags(tmp_path / "run"), "--dry_run")
     text = capsys.readouterr().out
-    assert "40 training, 16 held-out prompts" in text and "at most 3 steps" in text and "no loss: '<bos><|user|>" in text and "<eos>' (" in text
+    assert "37 training, 16 held-out prompts" in text and "at most 3 steps" in text and "no loss: '<bos><|user|>" in text and "<eos>' (" in text
     assert not list(tmp_path.iterdir())
