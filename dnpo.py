@@ -443,7 +443,7 @@ def main():
         show_plan(c, tok, train_rows, test_rows, dropped, device)
     if c.dry_run:
         return
-    out, started = open_run(c, [c.data, c.test], may_change=("resume", "overwrite", "iterations", "parallel", "micro_batch", "save_every")), time.time()
+    out, started = open_run(c, [c.data, c.test], may_change=("out", "resume", "overwrite", "iterations", "parallel", "micro_batch", "save_every")), time.time()
 
     sampling = dict(temperature=c.temperature, max_new_tokens=c.max_response, batch=c.sample_batch, dtype=getattr(torch, c.dtype), device=device)
     model, previous, results = c.model, [], []

@@ -95,6 +95,7 @@ def plain(flags, tmp_path_factory):
 # ---------------------------------------------------------------- ranks
 
 
+ALTERNATING = dict(noise_update="alternating", warmup_iterations=0)
 TWO_RANKS = """import json, shutil, sys
 sys.path.insert(0, sys.argv[1])
 import common, dnpo
@@ -126,7 +127,8 @@ def two(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     (folder / "two.py").write_text(TWO_RANKS)
     runs = [(False, flags("replicated", parallel="ddp", micro_batch=4)), (False, flags("sharded", parallel="fsdp", micro_batch=4)),
-            (True, flags("resumed", parallel="fsdp", micro_batch=4)), (False, [*flags("resumed", parallel="fsdp", micro_batch=4), "--resume"])]
+            (True, flags("resumed", parallel="fsdp", micro_batch=4)), (False, [*flags("resumed", parallel="fsdp", micro_batch=4), "--resume"]),
+            *((False, flags(f"alternating-{way}", parallel=way, micro_batch=4, activation_checkpointing=True, **ALTERNATING)) for way in ("ddp", "fsdp"))]
     done = script(str(folder / "two.py"), ROOT, json.dumps(runs, default=str), cwd=folder, ranks=2)
     assert done.returncode == 0, done.stderr
     return folder
@@ -144,6 +146,15 @@ def test_two_ranks_do_what_one_does(plain, two, name):
         for a, b in zip(metrics(plain)[first:last], metrics(out)[first:last]):
             assert b == pytest.approx(a, **close) and (k == 1 or b["noise/std"] > 0.4)
         assert_close(weights(plain / f"iter{k}/checkpoint"), weights(out / f"iter{k}/checkpoint"), atol=near)
+
+
+def test_alternating_updates_are_the_same_on_two_ranks_too(two, flags):
+    """A noise step, then a model step, each with a forward pass of the other that has no backward pass: one process, DDP and FSDP agree."""
+    assert forked(dnpo, *flags(two / "alternating", **ALTERNATING)) == 0
+    for way in ("ddp", "fsdp"):
+        for a, b in zip(metrics(two / "alternating"), metrics(two / f"alternating-{way}"), strict=True):
+            assert b == pytest.approx(a, rel=1e-3, abs=1e-4)
+        assert_close(weights(two / "alternating/iter1/checkpoint"), weights(two / f"alternating-{way}/iter1/checkpoint"), atol=1e-4)
 
 
 def test_none_under_torchrun_is_refused(monkeypatch, flags, tmp_path, capsys):
