@@ -67,6 +67,8 @@ def tokenizer():
 def train_sft(tok, width: int, layers: int, steps: int, seed: int, snapshots: dict[int, Path]):
     """Supervised fine-tuning from scratch on fresh annotated prompts, 64 a step; saves the model at the named steps."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()  # ours are enough
     torch.manual_seed(seed)
     lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=4,
                                       max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0))
