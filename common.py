@@ -818,8 +818,8 @@ def truncate_metrics(path: Path, keep):
 
 def metric_line(m: dict, steps: int, seconds_left: float) -> str:
     """One step's metrics (keys as in TRL) as one line for people."""
-    memory = f"{m['memory_gib']:.1f} GiB"
-    return (f"iter {m['iteration']} · step {m['step']}/{steps} · loss {m['loss']:.3f} · margin {m['rewards/margins']:+.2f} · acc {m['rewards/accuracies']:.2f}"
+    memory, iteration = f"{m['memory_gib']:.1f} GiB", f"iter {m['iteration']} · " if "iteration" in m else ""
+    return (f"{iteration}step {m['step']}/{steps} · loss {m['loss']:.3f} · margin {m['rewards/margins']:+.2f} · acc {m['rewards/accuracies']:.2f}"
             f" · |g| {m['grad_norm']:.1f} · lr {m['lr']:.1e} · {m['pairs_per_second']:.1f} pair/s · {memory} · {int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left")
 
 

@@ -1,5 +1,7 @@
 """A tiny world for all tests (seconds to make), and a way to run a script as a user does."""
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,4 +41,76 @@ def dnpo_flags(world: Path, **more) -> list[str]:
     """Flags of a run of dnpo.py that takes seconds: 48 prompts, 1 warm-up and 1 DNPO iteration."""
     flags = dict(model=world / "sft", data=world / "train.jsonl", test=world / "test.jsonl", judge="toy", limit=48, test_prompts=16, batch=16, micro_batch=8,
                  sample_batch=16, max_response=16, max_prompt=32, epochs=1, iterations=1, save_every=1, preset="toy") | more
-    return [x for k, v in flags.items() for x in ((f"--{k}", v) if not isinstance(v, bool) else (f"--{'' if v else 'no-'}{k}",))]
+    return as_flags(flags)
+
+
+def sams_flags(world: Path, **more) -> list[str]:
+    """Flags of a run of sams.py that takes seconds: 60 training pairs, 20 % flipped, 4 steps."""
+    return as_flags(dict(model=world / "sft", data=world / "pairs.jsonl", limit=60, test_pairs=16, batch=16, micro_batch=4, max_response=16, max_prompt=32, flip=0.2,
+                         lr=1e-4, beta=0.1, save_every=1, eval_every=2, preset="toy") | more)
+
+
+def as_flags(values: dict) -> list[str]:
+    return [x for k, v in values.items() for x in ((f"--{k}", v) if not isinstance(v, bool) else (f"--{'' if v else 'no-'}{k}",))]
+
+
+def run(monkeypatch, module, *flags):
+    """A script's main() in this process, as if started with these flags."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
+    module.main()
+
+
+def forked(module, *flags, kill: tuple[str, str] | None = None) -> int:
+    """A script's main() in a process of its own -> its exit code. kill: SIGKILL ("in", a progress bar's note) at the bar's third item,
+    or ("before" | "after", a path's end) around the rename that gives that name."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        how, what = kill or (None, None)
+        import tqdm
+        stop, replace = lambda: os.kill(os.getpid(), signal.SIGKILL), os.replace
+
+        class Bar(tqdm.tqdm):
+            def __init__(self, *args, desc, **more):
+                super().__init__(*args, desc=desc, **more)
+                self.note = desc
+
+            def __iter__(self):
+                for n, item in enumerate(super().__iter__()):
+                    yield item if (how, n) != ("in", 2) or not f"{self.note} ".startswith(f"{what} ") else stop()
+
+        def rename(old, new):
+            if how == "before" and str(new).endswith(what):
+                stop()
+            replace(old, new)
+            if how == "after" and str(new).endswith(what):
+                stop()
+        tqdm.tqdm, os.replace, sys.argv = Bar, rename, [module.__file__, *map(str, flags)]
+        module.main()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(out: Path) -> list[dict]:
+    """metrics.jsonl without what a clock or the machine decides."""
+    return [{k: v for k, v in m.items() if k not in ("pairs_per_second", "memory_gib") and not k.endswith("seconds")} for m in lines(out / "metrics.jsonl")]
+
+
+def results(out: Path) -> dict:
+    return {k: v for k, v in json.loads((out / "results.json").read_text()).items() if not k.endswith("seconds")}
+
+
+def weights(folder: Path) -> dict:
+    from safetensors.torch import load_file
+    return load_file(folder / "model.safetensors")
+
+
+def assert_close(a: dict, b: dict, atol: float):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda text: f"{name}: {text}")

@@ -1,80 +1,16 @@
 """Whole runs of dnpo.py and generate.py: any number of ranks, any interruption, and the numbers of the report, recomputed."""
 import json
 import math
-import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import tqdm
-from conftest import ROOT, dnpo_flags, script
-from safetensors.torch import load_file
+from conftest import ROOT, assert_close, dnpo_flags, forked, lines, metrics, results, run, script, weights
 
 import common
 import dnpo
 import generate
-
-
-def run(monkeypatch, module, *flags):
-    """A script's main() in this process, as if started with these flags."""
-    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
-    module.main()
-
-
-def forked(module, *flags, kill: tuple[str, str] | None = None) -> int:
-    """A script's main() in a process of its own -> its exit code. kill: SIGKILL ("in", a progress bar's note) at the bar's third item,
-    or ("before" | "after", a path's end) around the rename that gives that name."""
-    if pid := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    try:
-        how, what = kill or (None, None)
-        stop, replace = lambda: os.kill(os.getpid(), signal.SIGKILL), os.replace
-
-        class Bar(tqdm.tqdm):
-            def __init__(self, *args, desc, **more):
-                super().__init__(*args, desc=desc, **more)
-                self.note = desc
-
-            def __iter__(self):
-                for n, item in enumerate(super().__iter__()):
-                    yield item if (how, n) != ("in", 2) or not f"{self.note} ".startswith(f"{what} ") else stop()
-
-        def rename(old, new):
-            if how == "before" and str(new).endswith(what):
-                stop()
-            replace(old, new)
-            if how == "after" and str(new).endswith(what):
-                stop()
-        tqdm.tqdm, os.replace, sys.argv = Bar, rename, [module.__file__, *map(str, flags)]
-        module.main()
-        os._exit(0)
-    finally:
-        os._exit(1)
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def metrics(out: Path) -> list[dict]:
-    """metrics.jsonl without what a clock or the machine decides."""
-    return [{k: v for k, v in m.items() if k not in ("pairs_per_second", "memory_gib")} for m in lines(out / "metrics.jsonl")]
-
-
-def results(out: Path) -> dict:
-    return {k: v for k, v in json.loads((out / "results.json").read_text()).items() if k != "seconds"}
-
-
-def weights(folder: Path) -> dict:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_close(a: dict, b: dict, atol: float):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda text: f"{name}: {text}")
 
 
 @pytest.fixture(scope="module")
