@@ -302,6 +302,32 @@ def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float
 # ---------------------------------------------------------------- one iteration's training
 
 
+def descend(c, update: str, policy: nn.Module, reference: nn.Module, pairs: list[tuple], indices: list[int], name: tuple, device) -> dict[str, Tensor]:
+    """Adds the gradient of one update ("joint", "noise" or "model") for the pairs `indices` of all ranks; `name` of the step seeds its noise.
+    -> this rank's part of their mean metrics."""
+    B, N, sums = len(indices), sum(len(pairs[i][2]) for i in indices), {}  # of the whole step: every rank knows all rows
+    micros = micro_batches(indices, c)
+    for j, (some, weights) in enumerate(micros):
+        ids, mask = collate([pairs[i][:2] for i in some] + [(pairs[i][0], pairs[i][2]) for i in some], device)
+        weight, seeds = torch.tensor(weights, device=device), [seed_of(c.seed, "noise", *name, update, i) for i in some]
+        with no_sync(policy, reference, last=j + 1 == len(micros)):
+            with autocast(c, device, policy), torch.set_grad_enabled(update != "noise"):
+                logps = policy(ids, mask)  # [2B]
+            with autocast(c, device, policy), torch.set_grad_enabled(update != "model"):
+                ref_logps, sigma, sigma_squared = reference(ids, mask, seeds)  # [2B], [B], [B]
+            model, against = model_losses(logps, ref_logps, c.beta), noise_losses(logps, ref_logps, c.beta)
+            penalty = c.noise_penalty * (weight * sigma_squared).sum() / N
+            losses = {"model": model, "noise": against, "joint": model + against}[update]
+            loss = (weight * losses).sum() / B + (penalty if update != "model" else 0)
+            (loss * ranks()[1]).backward()  # DDP and FSDP average over ranks
+        positive, negative = (c.beta * (logps - ref_logps)).detach().chunk(2)
+        for key, value in {"loss": model, "rewards/chosen": positive, "rewards/rejected": negative, "rewards/margins": positive - negative,
+                           "rewards/accuracies": (positive > negative).float(), "logps/chosen": logps[:len(weight)], "logps/rejected": logps[len(weight):],
+                           "noise/std": sigma * B / N, "noise/square": sigma_squared * B / N, "noise/loss": against + c.noise_penalty * sigma_squared * B / N}.items():
+            sums[key] = sums.get(key, 0.0) + (weight * value.detach()).sum() / B
+    return sums
+
+
 def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, device, noise: bool):
     """pi_{k+1} from pi_k on one iteration's pairs, into folder/checkpoint; training states in folder/state.pt, lines in metrics.jsonl."""
     policy = shard(Scorer(load_lm(start, torch.float32, "cpu")), c, device)
@@ -319,30 +345,9 @@ def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, 
     barrier()
     bar, started = progress(range(first, len(steps)), f"iter {iteration}"), time.time()
     for step in bar:
-        B, N = len(steps[step]), sum(len(pairs[i][2]) for i in steps[step])  # of the whole step: every rank knows all rows
-        factor, sums, norms = lr_factor(step, len(steps), c.warmup), {}, {}
+        factor, norms = lr_factor(step, len(steps), c.warmup), {}
         for update in updates:
-            micros = micro_batches(steps[step], c)
-            for j, (indices, weights) in enumerate(micros):
-                ids, mask = collate([pairs[i][:2] for i in indices] + [(pairs[i][0], pairs[i][2]) for i in indices], device)
-                weight, seeds = torch.tensor(weights, device=device), [seed_of(c.seed, "noise", iteration, step, update, i) for i in indices]
-                with no_sync(policy, reference, last=j + 1 == len(micros)):
-                    with autocast(c, device, policy), torch.set_grad_enabled(update != "noise"):
-                        logps = policy(ids, mask)  # [2B]
-                    with autocast(c, device, policy), torch.set_grad_enabled(update != "model"):
-                        ref_logps, sigma, sigma_squared = reference(ids, mask, seeds)  # [2B], [B], [B]
-                    model, against = model_losses(logps, ref_logps, c.beta), noise_losses(logps, ref_logps, c.beta)
-                    penalty = c.noise_penalty * (weight * sigma_squared).sum() / N
-                    losses = {"model": model, "noise": against, "joint": model + against}[update]
-                    loss = (weight * losses).sum() / B + (penalty if update != "model" else 0)
-                    (loss * ranks()[1]).backward()  # DDP and FSDP average over ranks
-                if update != "noise":
-                    positive, negative = (c.beta * (logps - ref_logps)).detach().chunk(2)
-                    for name, value in {"loss": model, "rewards/chosen": positive, "rewards/rejected": negative, "rewards/margins": positive - negative,
-                                        "rewards/accuracies": (positive > negative).float(), "logps/chosen": logps[:len(weight)], "logps/rejected": logps[len(weight):],
-                                        "noise/std": sigma * B / N, "noise/square": sigma_squared * B / N,
-                                        "noise/loss": against + c.noise_penalty * sigma_squared * B / N}.items():
-                        sums[name] = sums.get(name, 0.0) + (weight * value.detach()).sum() / B
+            sums = descend(c, update, policy, reference, pairs, steps[step], (iteration, step), device)
             for name in {"model": ["policy"], "noise": ["noise"], "joint": ["policy", "noise"]}[update]:
                 norms[name] = take_step(parts[name][1], factor * {"policy": c.lr, "noise": c.noise_lr}[name], c.clip)
         m = sum_ranks(sums)

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 METHODS = ("dnpo.py", "tso.py", "sams.py")
-OWN = {"main", "Config", "train", "show_plan", "report"}  # every script has its own; all else of one name is one text
+OWN = {"main", "Config", "descend", "train", "show_plan", "report"}  # every script has its own; all else of one name is one text
 BEGIN = "# --- same in dnpo.py, tso.py, sams.py: {} ---"
 END = "# --- end: {} ---"
 LONGEST, ALL = 40, 120  # lines of a region, of all regions of a script; what grows beyond belongs in common.py
