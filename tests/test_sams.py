@@ -176,7 +176,7 @@ def test_rewards_lag_by_one_round():
     """A scripted trace of three rounds: round t's reward uses its own margins and log-probs, the loss of t and t + 1, and the running mean of rho; the
     selector is fitted on it before it scores round t + 1; only selected pairs are rewarded."""
     g = torch.Generator().manual_seed(0)
-    X, M, Y = (torch.randn(3, *shape, generator=g) for shape in ((6, 2, 8), (6,), (6,)))
+    X, M, Y = (scale * torch.randn(3, *shape, generator=g) for scale, shape in ((1, (6, 2, 8)), (0.05, (6,)), (1, (6,))))  # small margins: sigmoid(50 rho) must not saturate
     c = tiny(gamma=0.4, margin_weight=0.7, uncertainty_weight=0.2, explore=0.3, fit_steps=2, selector_lr=1e-2)
     bandit, at, rho, seen, predicted = Bandit(2, 8, c, CPU), [], [], [], []
     mm = lambda v: [(x - min(v)) / (max(v) - min(v)) for x in v]
@@ -209,6 +209,16 @@ def test_replay_holds_so_many_earlier_rounds():
     for t in range(6):
         bandit.round(torch.full((4, 2, 8), float(t)), torch.randn(4), torch.randn(4), 2, None)
     assert [x[0, 0, 0].item() for x, _ in bandit.replay] == [2, 3, 4]
+
+
+def test_a_fit_is_one_pass_over_the_replay():
+    """The Adam steps of a round see each of the rounds held exactly once, cut into fit_steps parts."""
+    bandit, seen = Bandit(2, 8, tiny(replay=4, fit_steps=2), CPU), []
+    bandit.selector.register_forward_hook(lambda module, args, out: seen.append(sorted(set(args[0][:, 0, 0].tolist()))) if torch.is_grad_enabled() else None)
+    for t in range(5):
+        seen.clear()
+        bandit.round(torch.full((4, 2, 8), float(t)), torch.randn(4), torch.randn(4), 2, None)
+        assert sorted(itertools.chain(*seen)) == list(range(t)) and len(seen) == min(t, 2) and (t < 4 or len(seen[0]) == len(seen[1]) == 2)
 
 
 def test_the_selector_learns_what_is_rewarded():
@@ -262,6 +272,16 @@ def test_one_step_raises_the_margin_of_the_selected():
         descend(policy, pairs, ref, at, c, CPU)
         sams.take_step(torch.optim.SGD(lm.parameters(), lr=1e-3), 1e-3, 1.0)
         assert margins(score(policy, pairs, at, c, CPU)[0], ref[at], c.beta).mean() > 1e-5
+
+
+def test_only_sample_draws():
+    """From equal states of the bandit, `sample` picks by its seed, `topk` the K highest scores whatever the seed."""
+    pairs, c = random_pairs(12), tiny()
+    logps, contexts = score(PoolingScorer(tiny_lm(6)), pairs, list(range(12)), c, CPU, "mean")
+    choose = lambda how, seed: sams.pick(c, how, list(range(12)), 6, [False] * 12, logps, torch.zeros(12, 2), contexts, Bandit(2, 16, c, CPU), seed)[0]
+    assert choose("sample", 1) == choose("sample", 1) and len({tuple(choose("sample", seed)) for seed in range(5)}) > 2
+    exploit, explore = Bandit(2, 16, c, CPU).selector(contexts)
+    assert choose("topk", 1) == choose("topk", 2) == sorted((exploit + c.explore * explore).argsort(descending=True)[:6].tolist())
 
 
 def test_policy_and_reference_agree_to_the_bit_in_bf16():
