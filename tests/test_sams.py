@@ -452,6 +452,12 @@ def test_controls_pick_what_they_say(monkeypatch, flags, tmp_path):
     assert metrics(tmp_path / "random")[0]["selected/indices"] != metrics(tmp_path / "oracle")[0]["selected/indices"]
 
 
+def test_k_is_rounded_up(monkeypatch, flags, tmp_path):
+    """K = ceil(0.3 x 16) = 5, and 4 of the last batch's 12."""
+    run(monkeypatch, sams, *flags(tmp_path / "run", select="random", ratio=0.3))
+    assert [m["selected/pairs"] for m in metrics(tmp_path / "run")] == [5, 5, 5, 4]
+
+
 def test_the_reference_is_scored_once(monkeypatch, flags, tmp_path, world):
     """A second run reads the file; other data, another model or another number format make another one."""
     more = dict(reference=tmp_path / "reference", max_steps=1)
