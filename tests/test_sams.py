@@ -446,9 +446,11 @@ def test_controls_pick_what_they_say(monkeypatch, flags, tmp_path):
         run(monkeypatch, sams, *flags(tmp_path / how, select=how))
     assert results(tmp_path / "oracle")["flipped_selected"] == 0 and 0 < results(tmp_path / "random")["flipped_selected"] < 1
     assert [logps is None for _, logps, _, _ in seen] == [True] * 8 + [False] * 4
-    for step, logps, ref, (at, _) in seen[8:]:
+    for (step, logps, ref, (at, _)), logged in zip(seen[8:], metrics(tmp_path / "margin"), strict=True):
         m = (0.1 * ((logps - ref)[:, 0] - (logps - ref)[:, 1])).tolist()
-        assert min(m[i] for i in at) >= max(m[i] for i in range(len(step)) if i not in at)
+        rest = [m[i] for i in range(len(step)) if i not in at]
+        assert min(m[i] for i in at) >= max(rest)
+        assert logged["selected/margin"] == near(sum(m[i] for i in at) / len(at)) and logged["unselected/margin"] == near(sum(rest) / len(rest))
     assert metrics(tmp_path / "random")[0]["selected/indices"] != metrics(tmp_path / "oracle")[0]["selected/indices"]
 
 
@@ -471,9 +473,11 @@ def test_the_reference_is_scored_once(monkeypatch, flags, tmp_path, world):
     assert len(loads) == 1 and count() == 2
     run(monkeypatch, sams, *flags(tmp_path / "c", **more | dict(limit=59)))
     assert count() == 3
+    run(monkeypatch, sams, *flags(tmp_path / "f", **more, seed=1))  # as many pairs, others flipped
+    assert count() == 4
     run(monkeypatch, sams, *flags(tmp_path / "d", **more, dtype="bfloat16", micro_batch=1))
     run(monkeypatch, sams, *flags(tmp_path / "e", **more, model=world / "sft-early"))
-    assert count() == 7
+    assert count() == 8
 
 
 def test_bf16_starts_at_exactly_0(flags, tmp_path):
