@@ -323,7 +323,7 @@ def tso_figures(groups: list[tuple]):
         for ax, (name, some) in zip(axes, found):
             for i, when in enumerate(some[0]):
                 x, y = zip(*[point for spread in some for point in spread[when]]) if any(spread[when] for spread in some) else ((), ())
-                ax.scatter(x, y, 16, marker="ox"[i], facecolor="none" if i == 0 else COLORS[2], edgecolor=COLORS[0] if i == 0 else None, linewidth=0.8, label=f"{when} training")
+                ax.scatter(x, y, 16, marker="ox"[i], facecolor="none" if i == 0 else COLORS[2], edgecolor=COLORS[0] if i == 0 else None, linewidth=0.8, label=f"{when} training", rasterized=True)
             ax.set(xlabel="delta (skewness)", ylabel="kurtosis_val" if ax is axes[0] else "", title=name)
         legend(figure, axes[0])
         yield "tso-fig5-scores", figure, [{"runs": name, "when": when, "prompts": sum(len(s[when]) for s in some)} for name, some in found for when in some[0]]
