@@ -1,20 +1,32 @@
-"""Time and peak memory of one optimisation step's forward and backward passes, beside a floor.
+"""Time and peak memory of one optimisation step's forward and backward passes, for each method, beside a floor and (--vs trl) TRL's DPOTrainer.
 
-    python bench.py --model DIR --data pairs.jsonl                       # a table, and bench.json
+    python bench.py --model DIR --data pairs.jsonl            # a table, and bench.json
+    python bench.py --model DIR --data pairs.jsonl --vs trl   # pip install trl
+    python bench.py --shape 1b --length 1024                  # random weights and pairs: nothing to download
+    python bench.py --sweep length pairs chunk                # how cost grows, as bench-sweep.json
 
-Rows: `floor`, the backbone forward and backward on the same real tokens, no padding, no head, no loss; `dpo`, our loop with precomputed reference log-probs; `dpo+ac`, the
-same with activation checkpointing; `sams`, scoring, the selector at work with a full replay, and training on the half it picks.
-All rows in one process on the same pairs, medians of interleaved repeats. Memory is the growth over weights and optimizer, gradients included: the CUDA allocator's peak on a GPU,
-the resident set's on a CPU (Linux; glibc is told to give freed blocks back, in a pass of its own). The optimizer's step is left out: it is the same in every row.
+floor    the backbone forward and backward on the same real tokens: no padding, no head, no loss
+dpo      our loop, reference log-probs at hand; dpo+ac: with activation checkpointing
+sams     scoring, the selector at work with a full replay, training on the half that it picks
+tso      the dual-clip loss with a resident reference: DPO where the reference is not precomputed
+dnpo     the joint update: resident reference with noise head
+trl      DPOTrainer's loss, reference log-probs at hand, its head and metrics included; trl+ac: with its gradient checkpointing
+
+All rows in one process on the same pairs, medians of interleaved repeats. Memory is the growth over weights and optimizer, gradients included: the CUDA allocator's peak on a
+GPU, the resident set's on a CPU (Linux; glibc is told to give freed blocks back, in a pass of its own). The optimizer's step is left out: it is the same in every row.
+MFU = model FLOPs / (seconds x peak), model FLOPs = (6 N + 6 L D T) per token: N weights without the embedding, causal attention, no credit for recomputing or for scoring.
 """
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import json
+import random
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,27 +35,40 @@ from typing import Literal
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import common
+import dnpo
 import sams
-from common import die, encode_pairs, load_lm, load_rows, load_tokenizer, parse, progress, table, write_atomic
+import tso
+from common import Scorer, die, encode_pairs, load_lm, load_rows, load_tokenizer, parse, progress, table, write_atomic
+
+SHAPES = {"1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
+          "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)}
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, from the data sheets
+LIBC = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
 class Config:
     model: str = "runs/toy/sft"  # model folder or Hub id
+    shape: Literal["1b", "8b"] | None = None  # instead of --model: random weights in Llama-3's shape of this size
     data: str = "runs/toy/pairs.jsonl"  # preference pairs, as for sams.py
-    pairs: int = 4  # pairs of a step: the longest that fit, so that they are of one length and any half of them is half of the work
+    length: int | None = None  # instead of --data: pairs of random tokens, LENGTH a sequence, a quarter of it prompt
+    pairs: int = 4  # pairs of a step: the longest of --data that fit, so that they are of one length and any half of them is half of the work
     max_prompt: int = 256  # tokens of a prompt at most
     max_response: int = 256  # tokens of a response at most
     micro_batch: int | None = None  # pairs per forward pass (default: all)
+    chunk: int = common.CHUNK  # response tokens whose logits are alive at a time
     ratio: float = 0.5  # share that SamS trains on
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
+    vs: Literal["trl"] | None = None  # measure it too
+    rows: list[str] = dataclasses.field(default_factory=lambda: ["floor", "dpo", "dpo+ac", "sams", "tso", "dnpo"])  # rows to measure
     repeats: int = 5  # rounds over all rows
     threads: int | None = None  # CPU threads (default: torch's)
-    rows: list[str] = None  # rows to measure (default: all)
+    sweep: list[str] = dataclasses.field(default_factory=list)  # how cost grows with: length, pairs, chunk
     out: str = "bench.json"  # where the numbers go
 
 
-LIBC = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
+# ---------------------------------------------------------------- measuring
 
 
 @contextlib.contextmanager
@@ -63,9 +88,10 @@ def keep_freed_blocks(keep: bool):
         LIBC.malloc_trim(0)
 
 
-def peak(step, lm, device) -> float:
+def peak(step, modules, device) -> float | None:
     """MiB by which one step's peak exceeds what is there before it."""
-    lm.zero_grad(set_to_none=True)
+    for module in modules:
+        module.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -73,7 +99,7 @@ def peak(step, lm, device) -> float:
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     if not LIBC:
-        return float("nan")
+        return None
     LIBC.malloc_trim(0)
     read = lambda name: next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
@@ -82,8 +108,11 @@ def peak(step, lm, device) -> float:
     return (read("VmHWM") - before) / 2**10
 
 
-def seconds(step, lm, device) -> float:
-    lm.zero_grad(set_to_none=True)
+def seconds(step, modules, device) -> float:
+    for module in modules:
+        module.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     started = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -91,25 +120,53 @@ def seconds(step, lm, device) -> float:
     return time.perf_counter() - started
 
 
-def main():
-    c = parse(Config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if c.threads:
-        torch.set_num_threads(c.threads)
-    tok, _ = load_tokenizer(c.model)
-    pairs, _ = encode_pairs(tok, load_rows(c.data, "pair")[0], c.max_prompt, c.max_response)
-    pairs, n = sorted(pairs, key=lambda pair: -sum(map(len, pair)))[:c.pairs], c.pairs
-    if len(pairs) < n:
-        die(f"{c.data}: {len(pairs)} pairs fit, --pairs {n} asked for")
-    lm = load_lm(c.model, torch.float32, device)
-    everything, policy = list(range(n)), sams.PoolingScorer(lm)
-    how = sams.Config(dtype=c.dtype, micro_batch=c.micro_batch or n, batch=n, ratio=c.ratio, activation_checkpointing=False, context="both")
-    ref, _ = sams.score(policy, pairs, everything, how, device)
-    with torch.no_grad():
-        for p in lm.parameters():  # not the reference any more: margins are not all 0
-            p.add_(torch.randn_like(p) * p.std() * 0.02 if p.numel() > 1 else 0)
-    bandit = sams.Bandit(len(lm.model.layers), 2 * lm.config.hidden_size, how, device)
+# ---------------------------------------------------------------- the rows
 
+
+def load(c, device) -> tuple[torch.nn.Module, torch.nn.Module | None, list[tuple], object]:
+    """Policy (2 % away from the reference: margins are not all 0), reference if a row needs it, pairs, tokenizer."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    tok = None
+    if c.shape:
+        config = LlamaConfig(**SHAPES[c.shape], max_position_embeddings=8192)
+        torch.manual_seed(0)
+        with device:
+            make = lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            lm = make()
+    else:
+        tok, config = load_tokenizer(c.model)
+        lm = load_lm(c.model, torch.float32, device)
+    if c.length:
+        rng = random.Random(0)
+        draw = lambda n: [rng.randrange(10, config.vocab_size) for _ in range(n)]
+        pairs = [(draw(c.length // 4), draw(c.length - c.length // 4), draw(c.length - c.length // 4), str(i)) for i in range(c.pairs)]
+    else:
+        if tok is None:
+            die("--shape has no tokenizer for --data: give --length")
+        pairs, _ = encode_pairs(tok, load_rows(c.data, "pair")[0], c.max_prompt, c.max_response)
+        pairs = sorted(pairs, key=lambda pair: -sum(map(len, pair[:3])))[:c.pairs]
+        if len(pairs) < c.pairs:
+            die(f"{c.data}: {len(pairs)} pairs fit, --pairs {c.pairs} asked for")
+    reference = None
+    if {"dnpo", "tso"} & set(c.rows):
+        reference = make() if c.shape else load_lm(c.model, torch.float32, device)
+        reference.load_state_dict(lm.state_dict())
+        reference.requires_grad_(False)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in lm.parameters():
+            if p.dim() > 1:
+                p.add_(torch.randn_like(p) * p.std() * 0.02)
+    return lm, reference, pairs, tok
+
+
+def make_steps(c, lm, reference, pairs, tok, device) -> tuple[dict, list]:
+    """{row: a function that does one forward and backward pass}, and the modules whose gradients it makes."""
+    n, everything, policy, modules = len(pairs), list(range(len(pairs))), sams.PoolingScorer(lm), [lm]
+    same = dict(dtype=c.dtype, micro_batch=c.micro_batch or n, batch=n, beta=0.1, activation_checkpointing=False)
+    how = sams.Config(**same, ratio=c.ratio, context="both")
+    with torch.no_grad():  # reference log-probs of the unmoved weights, or of these: the time is the same
+        ref, _ = sams.score(sams.PoolingScorer(reference) if reference else policy, pairs, everything, how, device)
     real = [token for p, y in sams.both_sides(pairs, everything) for token in p + y]
     real = torch.tensor(real[:len(real) // (2 * n) * 2 * n], device=device).view(2 * n, -1)  # as many sequences as in the other rows, none padded
 
@@ -119,43 +176,124 @@ def main():
                 lm.model(input_ids=ids, use_cache=False).last_hidden_state.float().mean().backward()
 
     def dpo():
-        sams.descend(policy, pairs, ref, everything, how, device)
+        return sams.descend(policy, pairs, ref, everything, how, device)["loss"]
 
     def dpo_checkpointed():
         with activation_checkpointing(lm):
             dpo()
+    bandit = sams.Bandit(len(lm.model.layers), 2 * lm.config.hidden_size, how, device)
+
+    def choose():
+        logps, contexts = sams.score(policy, pairs, everything, how, device, how.context)
+        return sams.pick(how, "topk", everything, max(1, round(c.ratio * n)), [False] * n, logps, ref, contexts, bandit, 0)[0]
 
     def sams_step():
-        logps, contexts = sams.score(policy, pairs, everything, how, device, how.context)
-        picked, _ = sams.pick(how, "topk", everything, max(1, round(c.ratio * n)), [False] * n, logps, ref, contexts, bandit, 0)
-        sams.descend(policy, pairs, ref, picked, how, device)
+        sams.descend(policy, pairs, ref, choose(), how, device)
     steps = {"floor": floor, "dpo": dpo, "dpo+ac": dpo_checkpointed, "sams": sams_step}
-    if unknown := set(c.rows or ()) - set(steps):
-        die(f"--rows {' '.join(sorted(unknown))}: expected some of {' '.join(steps)}")
-    steps = {name: step for name, step in steps.items() if not c.rows or name in c.rows}
-    if "sams" in steps:
+    if "sams" in c.rows:
         logps, contexts = sams.score(policy, pairs, everything, how, device, how.context)
         for _ in progress(range(how.replay + 1), "fill the replay"):
             sams.pick(how, "topk", everything, max(1, round(c.ratio * n)), [False] * n, logps, ref, contexts, bandit, 0)
+    if reference:
+        tso_how, dnpo_how = tso.Config(**same), dnpo.Config(**same)
+        plain, scorer = Scorer(reference), Scorer(lm)
+        steps["tso"] = lambda: tso.descend(tso_how, scorer, plain, pairs, everything, device)
+        if "dnpo" in c.rows:
+            noisy = dnpo.NoisyReference(reference, 0.1).to(device)
+            modules.append(noisy)
+            steps["dnpo"] = lambda: dnpo.descend(dnpo_how, "joint", scorer, noisy, pairs, everything, (1, 1), device)
+    if c.vs == "trl":
+        steps |= trl_steps(c, lm, pairs, ref, tok, device, dpo)
+    return {name: steps[name] for name in c.rows + ["trl", "trl+ac"] * (c.vs == "trl")}, modules
 
-    times, memory = {name: [] for name in steps}, {}
+
+def trl_steps(c, lm, pairs, ref, tok, device, ours) -> dict:
+    """TRL's loss on the identical pairs; it must agree with ours, or the comparison is void."""
+    try:
+        import trl
+        from datasets import Dataset
+    except ImportError:
+        die("--vs trl needs trl: pip install trl")
+    if tok is None:
+        die("--vs trl needs a tokenizer: give --model")
+    row = [{"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}]
+    args = trl.DPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(pairs), beta=0.1, use_cpu=device.type == "cpu", bf16=c.dtype == "bfloat16", report_to=[],
+                         max_length=None, gradient_checkpointing=False, precompute_ref_log_probs=True, disable_tqdm=True, dataloader_pin_memory=False)
+    trainer = trl.DPOTrainer(model=lm, args=args, train_dataset=Dataset.from_list(row), processing_class=tok)
+    batch = trainer._prepare_inputs(trainer.data_collator([{"prompt_ids": p, "chosen_ids": y, "rejected_ids": z, "ref_chosen_logps": a, "ref_rejected_logps": b}
+                                                           for (p, y, z, _), (a, b) in zip(pairs, ref.tolist())]))
+
+    def step():
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(lm, batch)
+        loss.backward()
+        return loss.detach()
+
+    def step_checkpointed():
+        lm.train()
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        step()
+        lm.gradient_checkpointing_disable()
+        lm.eval()
+    theirs, mine = step().item(), ours().item()
+    print(f"loss: ours {mine:.4f}, TRL's {theirs:.4f}")
+    if abs(theirs - mine) > (0.05 if c.dtype == "bfloat16" else 1e-3):
+        die(f"TRL's loss {theirs} is not ours {mine}: the rows would not be comparable")
+    return {"trl": step, "trl+ac": step_checkpointed}
+
+
+def measure(c, device) -> dict:
+    """{row: seconds, spread, peak_mib, ...} of one setting."""
+    common.CHUNK = dnpo.CHUNK = c.chunk
+    lm, reference, pairs, tok = load(c, device)
+    steps, modules = make_steps(c, lm, reference, pairs, tok, device)
+    times = {name: [] for name in steps}
     keep_freed_blocks(True)
-    for step in steps.values():
-        step()  # warm up
+    for step in progress(steps.values(), "warm up"):
+        step()
     for _ in progress(range(c.repeats), "time"):
         for name, step in steps.items():
-            times[name].append(seconds(step, lm, device))
+            times[name].append(seconds(step, modules, device))
     keep_freed_blocks(False)
-    for name, step in progress(steps.items(), "memory"):
-        memory[name] = statistics.median(peak(step, lm, device) for _ in range(3))
-    tokens = sum(len(p) * 2 + len(y) + len(z) for p, y, z in pairs)
-    base = statistics.median(times["floor"]) if "floor" in times else float("nan")
-    rows = {name: {"seconds": statistics.median(t), "spread": (max(t) - min(t)) / statistics.median(t), "peak_mib": memory[name], "vs_floor": statistics.median(t) / base,
-                   "tokens_per_second": tokens / statistics.median(t)} for name, t in times.items()}
-    card = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{c.model} · {n} pairs, {tokens} tokens · {c.dtype} · {how.micro_batch} pairs a pass · {card} · gradients {sum(p.numel() * 4 for p in lm.parameters()) / 2**20:.0f} MiB")
-    print(table([{"row": name} | row for name, row in rows.items()], ["row", "seconds", "spread", "peak_mib", "vs_floor", "tokens_per_second"]))
-    write_atomic(Path(c.out), json.dumps({"argv": sys.argv[1:], "device": card, "torch": torch.__version__, "tokens": tokens, "rows": rows}, indent=1))
+    memory = {name: statistics.median(peak(step, modules, device) or 0 for _ in range(3 if device.type == "cpu" else 1)) or None for name, step in progress(steps.items(), "memory")}
+    tokens, length = sum(len(p) * 2 + len(y) + len(z) for p, y, z, _ in pairs), max(len(p) + max(len(y), len(z)) for p, y, z, _ in pairs)
+    weights = sum(p.numel() for p in lm.parameters()) - lm.get_input_embeddings().weight.numel() * (not lm.config.tie_word_embeddings)
+    flops = tokens * (6 * weights + 6 * lm.config.num_hidden_layers * lm.config.hidden_size * length)
+    top = next((v for name, v in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    median = {name: statistics.median(t) for name, t in times.items()}
+    over = lambda name, base: median[name] / median[base] if base in median else None
+    rows = {name: {"seconds": median[name], "spread": (max(t) - min(t)) / median[name], "peak_mib": memory[name], "vs_floor": over(name, "floor"), "vs_trl": over(name, "trl"),
+                   "tokens_per_second": tokens / median[name], "mfu": flops / median[name] / top if top and name != "sams" else None} for name, t in times.items()}
+    return {"tokens": tokens, "gradients_mib": sum(p.numel() * 4 for p in lm.parameters()) / 2**20, "peak_flops": top, "rows": rows}
+
+
+SWEEPS = {"length": (128, 256, 512, 1024, 2048), "pairs": (1, 2, 4, 8), "chunk": (64, 256, 1024, 4096)}
+
+
+def main():
+    c = parse(Config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if unknown := set(c.rows) - {"floor", "dpo", "dpo+ac", "sams", "tso", "dnpo"} | set(c.sweep) - set(SWEEPS):
+        die(f"{' '.join(sorted(unknown))}: no such row or sweep")
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    head = {"argv": sys.argv[1:], "device": card, "torch": torch.__version__}
+    if c.sweep:
+        found = {}
+        for axis in c.sweep:
+            base = dataclasses.replace(c, length=c.length or 512)
+            found[axis] = {value: measure(dataclasses.replace(base, **{axis: value}), device)["rows"] for value in progress(SWEEPS[axis], f"sweep {axis}")}
+            for row in c.rows:
+                print(f"{axis}: {row}\n" + table([{axis: value} | rows[row] for value, rows in found[axis].items()], [axis, "seconds", "peak_mib"]))
+        write_atomic(Path(c.out).with_name(Path(c.out).stem + "-sweep.json"), json.dumps(head | {"sweep": found}, indent=1))
+        return
+    found = measure(c, device)
+    print(f"{c.shape or c.model} · {c.pairs} pairs, {found['tokens']} tokens · {c.dtype} · {c.micro_batch or c.pairs} pairs a pass · {card} · gradients {found['gradients_mib']:.0f} MiB"
+          + (f" · MFU of a peak of {found['peak_flops'] / 1e12:.0f} TFLOP/s" if found["peak_flops"] else " · no MFU: peak unknown"))
+    columns = ["row", "seconds", "spread", "peak_mib", "vs_floor", "vs_trl", "tokens_per_second", "mfu"]
+    print(table([{"row": name} | row for name, row in found["rows"].items()], columns if found["peak_flops"] else columns[:-1]))
+    write_atomic(Path(c.out), json.dumps(head | found, indent=1))
 
 
 if __name__ == "__main__":

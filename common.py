@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
@@ -20,8 +21,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import typing
 from collections import Counter
@@ -246,7 +249,7 @@ def response_ids(tok, text: str, ended: bool, limit: int) -> list[int]:
 
 
 def encode_pairs(tok, rows: list[dict], max_prompt: int, max_response: int) -> tuple[list[tuple], Counter]:
-    """Preference rows -> (prompt ids, chosen ids, rejected ids); pairs that teach nothing are left out and counted.
+    """Preference rows -> (prompt ids, chosen ids, rejected ids, row id); pairs that teach nothing are left out and counted.
     meta.chosen_ended / rejected_ended = False says that a side was cut and gets no end-of-sequence token."""
     pairs, dropped = [], Counter()
     for row in rows:
@@ -256,7 +259,7 @@ def encode_pairs(tok, rows: list[dict], max_prompt: int, max_response: int) -> t
         if why:
             dropped[why] += 1
         else:
-            pairs.append((p, y, z))
+            pairs.append((p, y, z, row["id"]))
     return pairs, dropped
 
 
@@ -308,6 +311,13 @@ class Scorer(nn.Module):
 # ---------------------------------------------------------------- sampling, and phases that leave files
 
 
+def lm_shapes(path: str):
+    """A causal LM in float32 without its weights, on "meta"."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32).eval()
+
+
 def load_lm(path: str, dtype: torch.dtype, device):
     """A causal LM without dropout: policy and reference must be the same function. Nothing is inherited from its generation_config
     but the end tokens: top_k, repetition penalties and the like would make a sample not the model's own."""
@@ -338,9 +348,30 @@ def sample(lm, tok, prompts: list[list[int]], temperature: float, max_new_tokens
     return answers
 
 
+STOP = threading.Event()  # SIGTERM has come: save and end
+
+
+def stop_on_sigterm():
+    """Pre-emption: the first SIGTERM lets a training step or a batch of a phase end and be saved; then the program ends with exit code 0."""
+    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
+
+
+def stopped() -> typing.NoReturn:
+    """Ends the program because of SIGTERM; what was done is saved."""
+    if ranks()[0] == 0:
+        print("SIGTERM: what is done is saved; go on with --resume", file=sys.stderr)
+    sys.exit(0)
+
+
 def ranks() -> tuple[int, int]:
     """(rank, world size), (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def torchrun_store() -> dict:
+    """Where torchrun's ranks meet, for init_process_group; another place after every restart, or gloo would call the dead ranks' addresses."""
+    store, rank, world = next(dist.rendezvous("env://"))
+    return {"store": dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), "rank": rank, "world_size": world}
 
 
 def barrier():
@@ -368,6 +399,8 @@ def phase(path: Path, items: list, work, size: int, settings=None, key=None, not
         with open(part, "a") as file:
             file.write("\n")  # ends a line that a kill may have torn
             for b in progress(mine, f"{note or path.stem} ({world} rank{'s' * (world > 1)}, batches of {size})"):
+                if STOP.is_set():
+                    stopped()
                 rows = work([items[i] for i in batches[b]], b)
                 file.write(json.dumps({"stamp": stamp, "batch": b, "rows": rows}, ensure_ascii=False) + "\n")
                 file.flush()
@@ -729,7 +762,8 @@ def open_run(config, data: list[str], may_change: tuple[str, ...]) -> Path:
     if out.is_file():
         die(f"{out} is a file: choose another --out")
     used = out.exists() and any(out.iterdir())
-    if used and config.resume:
+    resume = config.resume or used and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts starts the same command again
+    if used and resume:
         if not (out / "config.json").is_file():
             die(f"{out}: no config.json, so no run to resume")
         before = {k: v for k, v in json.loads((out / "config.json").read_text()).items() if k not in may_change}
@@ -742,7 +776,7 @@ def open_run(config, data: list[str], may_change: tuple[str, ...]) -> Path:
         die(f"{out} holds no run (no config.json), so --overwrite does not touch it")
     barrier()
     if rank == 0:
-        if used and not config.resume:
+        if used and not resume:
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
@@ -764,9 +798,22 @@ def save_state(path: Path, parts: dict, **more):
     state = {name: (get_model_state_dict(m, options=full), get_optimizer_state_dict(m, o, options=full)) for name, (m, o) in parts.items()}
     if ranks()[0] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state | {"more": more}, path.with_name(path.name + ".tmp"))
-        os.replace(path.with_name(path.name + ".tmp"), path)
+        with all_or_nothing(path) as temporary:
+            torch.save(state | {"more": more}, temporary)
     barrier()
+
+
+@contextlib.contextmanager
+def all_or_nothing(path: Path):
+    """A name to write to, renamed to `path` at the end. A full disk ends the run with one line, and what was there before is still there."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as fault:  # torch.save wraps what the disk says
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+        sys.exit(f"error: {path} could not be written ({str(fault).splitlines()[0]}); the last state is intact: make room, then go on with --resume")
 
 
 def load_state(path: Path, parts: dict) -> dict:
@@ -787,16 +834,35 @@ def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str):
     from transformers import GenerationConfig
     state = get_model_state_dict(scorer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if ranks()[0] == 0:
-        temporary = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)
         lm = (scorer.module if hasattr(scorer, "module") else scorer).lm
         with contextlib.suppress(OSError):  # the source has none
             lm.generation_config = GenerationConfig.from_pretrained(source)
         tied = set(lm._tied_weights_keys or {}) if lm.config.tie_word_embeddings else set()
-        lm.save_pretrained(temporary, state_dict={k.removeprefix("lm."): v for k, v in state.items() if k.removeprefix("lm.") not in tied})
-        tok.save_pretrained(temporary)
-        os.replace(temporary, folder)
+        with all_or_nothing(folder) as temporary:
+            lm.save_pretrained(temporary, state_dict={k.removeprefix("lm."): v for k, v in state.items() if k.removeprefix("lm.") not in tied}, max_shard_size="5GB")
+            tok.save_pretrained(temporary)
     barrier()
+
+
+@functools.cache
+def node_mesh(device_type: str):
+    """The ranks as nodes x ranks of a node (LOCAL_WORLD_SIZE), for HSDP: replicate over the first axis, shard over the second."""
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    return dist.init_device_mesh(device_type, (ranks()[1] // local, local), mesh_dim_names=("replicate", "shard"))
+
+
+def fill(module: nn.Module, full: nn.Module | None, device) -> nn.Module:
+    """Sharded shapes on "meta" -> on the device, with rank 0's weights and buffers (those that no checkpoint holds too, such as rotary frequencies)."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    module.to_empty(device=device)
+    set_model_state_dict(module, full.state_dict() if full else {}, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    buffers = dict(full.named_buffers()) if full else {}
+    for name, buffer in module.named_buffers():
+        value = buffers[name].to(buffer) if full else buffer
+        dist.broadcast(value, 0)
+        buffer.copy_(value)
+    return module
 
 
 def sum_ranks(values: dict[str, Tensor]) -> dict[str, float]:
@@ -821,6 +887,34 @@ def metric_line(m: dict, steps: int, seconds_left: float) -> str:
     memory, iteration = f"{m['memory_gib']:.1f} GiB", f"iter {m['iteration']} · " if "iteration" in m else ""
     return (f"{iteration}step {m['step']}/{steps} · loss {m['loss']:.3f} · margin {m['rewards/margins']:+.2f} · acc {m['rewards/accuracies']:.2f}"
             f" · |g| {m['grad_norm']:.1f} · lr {m['lr']:.1e} · {m['pairs_per_second']:.1f} pair/s · {memory} · {int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left")
+
+
+def memory_parts(lm, c, *, reference: bool, noise: bool = False) -> dict[str, float]:
+    """Bytes on each rank by arithmetic; lm: the model's shapes. P weights, in fp32: 4P, gradients 4P, Adam 8P, a resident
+    reference 4P, a noise head of V x D with gradients and Adam 16VD, each divided by the ranks that shard it. Activations are an estimate: what a layer keeps of each token,
+    of all layers or, with activation checkpointing, of one beside every layer's input, and three blocks of logits."""
+    world = ranks()[1]
+    shards = {"fsdp": world, "hsdp": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}.get(c.parallel, 1) if dist.is_initialized() else 1
+    config, number = lm.config, 2 if c.dtype == "bfloat16" else 4
+    P, V, D, L = sum(p.numel() for p in lm.parameters()), config.vocab_size, config.hidden_size, config.num_hidden_layers
+    micro = min(c.micro_batch, c.batch // world)
+    tokens, layer = 2 * micro * (c.max_prompt + c.max_response), (8 * D + 4 * config.intermediate_size) * number
+    kept = tokens * (L * D * number + layer if c.activation_checkpointing else L * layer)
+    parts = {"weights": 4 * P / shards, "gradients": 4 * P / shards, "Adam": 8 * P / shards}
+    if shards > 1:
+        parts["gathered layers"] = (2 * (P - V * D) / L + 2 * V * D) * number
+    if reference:
+        parts["reference"] = 4 * P / shards
+    if noise:
+        parts["noise head"] = 16 * V * (D + 1) / shards
+    parts["activations up to about"] = kept + 3 * 4 * V * min(CHUNK, 2 * micro * c.max_response)
+    return parts
+
+
+def memory_plan(lm, c, **what) -> str:
+    """memory_parts as one line, in GiB."""
+    parts = memory_parts(lm, c, **what)
+    return f"memory of a rank: {sum(parts.values()) / 2**30:.2f} GiB = " + " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
 
 
 def memory_gib(device) -> float:

@@ -46,15 +46,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 import toy
-from common import (CHUNK, Scorer, barrier, collate, die, encode_pairs, generate, held_out, hold_out, load_lm, load_rows, load_state, load_tokenizer, make_judge,
-                    memory_gib, metric_line, open_run, parse, phase, progress, prompt_ids, ranks, read_jsonl, response_ids, save_checkpoint, save_state, seed_of, sum_ranks,
-                    table, token_logps, truncate_metrics, write_atomic)
+from common import (CHUNK, STOP, Scorer, barrier, collate, die, encode_pairs, fill, generate, held_out, hold_out, lm_shapes, load_lm, load_rows, load_state,
+                    load_tokenizer, make_judge, memory_gib, memory_plan, metric_line, node_mesh, open_run, parse, phase, progress, prompt_ids, ranks, read_jsonl,
+                    response_ids, save_checkpoint, save_state, seed_of, stop_on_sigterm, stopped, sum_ranks, table, token_logps, torchrun_store, truncate_metrics,
+                    write_atomic)
 
 
 # ---------------------------------------------------------------- the equations
@@ -116,7 +118,8 @@ class NoisyReference(Scorer):
 
     def __init__(self, lm, init: float | None):
         super().__init__(lm.requires_grad_(False).eval())
-        self.noise = None if init is None else NoiseHead(lm.config.hidden_size, lm.get_output_embeddings().out_features, init)
+        with lm.device:  # "meta" before sharding
+            self.noise = None if init is None else NoiseHead(lm.config.hidden_size, lm.get_output_embeddings().out_features, init)
 
     def forward(self, ids: Tensor, mask: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """ids, mask: [2B, T], positives first; one seed per negative -> log-probs [2B] (noisy for the negatives),
@@ -175,12 +178,13 @@ class Config:
     epochs: int = 2  # passes over an iteration's pairs
     batch: int = 64  # pairs per optimizer step, over all ranks
     micro_batch: int = 4  # pairs per forward pass and rank; changes memory, not results
+    sort_by_length: bool = True  # within a step: less padding, the same step
     clip: float = 1.0  # gradient norm is clipped to this
     max_steps: int | None = None  # stop every iteration after this many optimizer steps
     seed: int = 0  # of sampling, order and noise
     # system
     preset: Literal["toy", "paper"] = "paper"  # all other defaults; unset: paper under CUDA, else toy
-    parallel: Literal["none", "ddp", "fsdp"] = "fsdp"  # under torchrun: replicate the model or shard it
+    parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "fsdp"  # under torchrun: replicate the model, shard it, or shard it inside a node and replicate across
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights and optimizer stay in float32
     activation_checkpointing: bool = True  # recompute activations in the backward pass
     sample_batch: int = 64  # answers sampled or scored at a time
@@ -205,7 +209,7 @@ class Config:
 
 
 TOY = dict(model="runs/toy/sft", data="runs/toy/train.jsonl", test="runs/toy/test.jsonl", judge="toy", limit=2000, max_response=64, beta=1.0, lr=2e-5,
-           mix_previous=False, micro_batch=16, sample_batch=250, parallel="ddp", dtype="float32", activation_checkpointing=False)
+           mix_previous=False, micro_batch=16, sample_batch=250, sort_by_length=False, parallel="ddp", dtype="float32", activation_checkpointing=False)
 
 
 # --- same in dnpo.py, tso.py, sams.py: setup ---
@@ -219,7 +223,8 @@ def setup(c) -> torch.device:
         if cuda:
             torch.cuda.set_device(device)
         # phases differ in length from rank to rank (a slow judge, a long answer): waiting is no fault, a dead rank ends the run through torchrun
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=2))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=2), **torchrun_store())
+    stop_on_sigterm()
     if c.batch % ranks()[1] or c.batch // ranks()[1] % min(c.micro_batch, c.batch // ranks()[1]):
         die(f"--batch {c.batch} can't be divided by {ranks()[1]} ranks x --micro_batch {c.micro_batch}")
     if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
@@ -231,19 +236,25 @@ def setup(c) -> torch.device:
 
 
 # --- same in dnpo.py, tso.py, sams.py: shard ---
-def shard(module: nn.Module, c, device) -> nn.Module:
-    """A Scorer in float32 on the CPU -> ready for the loop: activation checkpointing, then DDP, FSDP2 or one device."""
+def shard(wrap, path: str, c, device) -> nn.Module:
+    """wrap(lm) -> a Scorer in float32, ready for the loop: activation checkpointing, then DDP, FSDP2 (hsdp: sharded inside a node, replicated across) or one device.
+    Under FSDP no rank but the first ever holds the whole model, and that one on the CPU."""
+    sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
+    module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
     trained = any(p.requires_grad for p in module.parameters())
     if c.activation_checkpointing and any(p.requires_grad for p in module.lm.parameters()):
         for layer in module.lm.model.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    if dist.is_initialized() and c.parallel == "fsdp":
-        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, c.dtype), reduce_dtype=torch.float32)
-        for layer in module.lm.model.layers:
-            fully_shard(layer, mp_policy=policy)
-        return fully_shard(module, mp_policy=policy)  # the root holds embedding and head together: they may be tied
-    module = module.to(device)
-    return DDP(module) if dist.is_initialized() and trained else module
+    if not sharded:
+        module = module.to(device)
+        return DDP(module) if dist.is_initialized() and trained else module
+    full, own = wrap(load_lm(path, torch.float32, "cpu")) if ranks()[0] == 0 else None, dict(mp_policy=MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32))
+    if c.parallel == "hsdp":
+        own["mesh"] = node_mesh(device.type)
+    for layer in module.lm.model.layers:
+        fully_shard(layer, **own)
+    fully_shard(module, **own)  # the root holds embedding and head together: they may be tied
+    return fill(module, full, device)
 
 
 def autocast(c, device, module: nn.Module):
@@ -262,13 +273,14 @@ def no_sync(*modules: nn.Module, last: bool):
 
 
 # --- same in dnpo.py, tso.py, sams.py: order ---
-def step_order(n: int, c, *seed) -> list[list[int]]:
-    """The pairs' indices of every optimizer step: a seeded permutation per epoch, cut into batches; an epoch's last may be smaller."""
+def step_order(n: int, c, *seed, sizes: list[int] | None = None) -> list[list[int]]:
+    """The pairs' indices of every optimizer step: a seeded permutation per epoch, cut into batches; an epoch's last may be smaller.
+    With sizes, a step's pairs are sorted by them: its micro-batches have less padding, and the step is the same."""
     steps = []
     for epoch in range(c.epochs):
         order = random.Random(seed_of(*seed, epoch)).sample(range(n), n)
         steps += [order[i:i + c.batch] for i in range(0, n, c.batch)]
-    return steps[:c.max_steps]
+    return [sorted(step, key=sizes.__getitem__) if sizes else step for step in steps[:c.max_steps]]
 
 
 def micro_batches(step: list[int], c) -> list[tuple[list[int], list[float]]]:
@@ -330,15 +342,16 @@ def descend(c, update: str, policy: nn.Module, reference: nn.Module, pairs: list
 
 def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, device, noise: bool):
     """pi_{k+1} from pi_k on one iteration's pairs, into folder/checkpoint; training states in folder/state.pt, lines in metrics.jsonl."""
-    policy = shard(Scorer(load_lm(start, torch.float32, "cpu")), c, device)
-    reference = shard(NoisyReference(load_lm(start, torch.float32, "cpu"), c.noise_init if noise else None), c, device)
+    policy = shard(Scorer, start, c, device)
+    reference = shard(lambda lm: NoisyReference(lm, c.noise_init if noise else None), start, c, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
     parts = {"policy": (policy, optimizer)}
     if noise:
         parts["noise"] = reference, torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=c.noise_lr, weight_decay=0.0)
     updates = ["model"] if not noise else {"joint": ["joint"], "alternating": ["noise", "model"]}[c.noise_update]
 
-    steps, state, metrics = step_order(len(pairs), c, c.seed, "order", iteration), folder / "state.pt", folder.parent / "metrics.jsonl"
+    sizes = [sum(map(len, pair[:3])) for pair in pairs] if c.sort_by_length else None
+    steps, state, metrics = step_order(len(pairs), c, c.seed, "order", iteration, sizes=sizes), folder / "state.pt", folder.parent / "metrics.jsonl"
     first = load_state(state, parts)["step"] if state.exists() else 0
     if ranks()[0] == 0:
         truncate_metrics(metrics, lambda m: (m["iteration"], m["step"]) <= (iteration, first))
@@ -350,13 +363,14 @@ def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, 
             sums = descend(c, update, policy, reference, pairs, steps[step], (iteration, step), device)
             for name in {"model": ["policy"], "noise": ["noise"], "joint": ["policy", "noise"]}[update]:
                 norms[name] = take_step(parts[name][1], factor * {"policy": c.lr, "noise": c.noise_lr}[name], c.clip)
-        m = sum_ranks(sums)
+        m = sum_ranks(sums | {"stop": torch.tensor(float(STOP.is_set()), device=device)})
+        stop = m.pop("stop")
         m["noise/spread"] = max(0.0, m.pop("noise/square") - m["noise/std"] ** 2) ** 0.5
         m = m if noise else {name: value for name, value in m.items() if not name.startswith("noise")}
         m = {"iteration": iteration, "step": step + 1} | m | {"grad_norm": norms["policy"], "lr": factor * c.lr, "memory_gib": memory_gib(device),
              "pairs_per_second": sum(map(len, steps[first:step + 1])) / (time.time() - started)}
         if not math.isfinite(m["loss"]):
-            sys.exit(f"error: the loss is {m['loss']} at iteration {iteration}, step {step + 1}, pairs {steps[step]}: lower --lr, or look at these rows")
+            sys.exit(f"error: the loss is {m['loss']} at iteration {iteration}, step {step + 1}, rows {[pairs[i][3] for i in steps[step]]}: lower --lr, or look at these rows")
         if step == 0 and abs(m["rewards/chosen"]) > 1e-3:
             print(f"warning: before the first step the policy differs from its reference by a reward of {m['rewards/chosen']:+.4f}; it should be 0", file=sys.stderr)
         if ranks()[0] == 0:
@@ -366,8 +380,10 @@ def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, 
             bar.set_description_str(line)
             if bar.disable and (step + 1) % max(1, len(steps) // 4) == 0:
                 print(line, flush=True)
-        if (step + 1) % c.save_every == 0 and step + 1 < len(steps):
+        if ((step + 1) % c.save_every == 0 or stop) and step + 1 < len(steps):
             save_state(state, parts, step=step + 1)
+        if stop:
+            stopped()
     save_checkpoint(folder / "checkpoint", policy, tok, start)
 
 
@@ -422,6 +438,7 @@ def show_plan(c, tok, train_rows, test_rows, dropped, device):
     print(f"batch {c.batch} = {world} ranks x {micro} pairs x {c.batch // world // micro} micro-batches · at most "
           f"{len(step_order(len(train_rows), c)) * (1 + c.mix_previous)} steps an iteration · {device} · {c.parallel if dist.is_initialized() else 'one process'} · "
           f"weights float32, compute {c.dtype}" + (" · activation checkpointing" if c.activation_checkpointing else ""))
+    print(memory_plan(lm_shapes(c.model), c, reference=True, noise=c.noise))
     row = train_rows[0]
     p, y = prompt_ids(tok, row["prompt"]), response_ids(tok, row["response"], True, c.max_response)
     print(f"example {row['id']}, no loss: {tok.decode(p)!r}\n{' ' * len(row['id'])}    with loss: {tok.decode(y)!r} ({len(p)} + {len(y)} tokens)", flush=True)
@@ -503,4 +520,4 @@ def report(out: Path, results: list[dict], model: str, started: float):
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # under torchrun: the traceback and rank of whoever fails first

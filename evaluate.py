@@ -113,7 +113,7 @@ class Config:
     questions: str | None = None  # their questions: alpaca_eval.json or question.jsonl
     name: str | None = None  # what the model is called in the exported file (default: its path)
     # figures
-    figures: list[str] = field(default_factory=list)  # folders of finished runs, or FOLDER=NAME to give a kind of runs another name
+    figures: list[str] = field(default_factory=list)  # folders of finished runs, or FOLDER=NAME to give a kind of runs another name; bench.py's *-sweep.json
     # sampling and system
     temperature: float = 0.0  # of the answers, 0 = greedy (mt_bench: by category)
     max_response: int = 512  # tokens; a longer answer is cut
@@ -186,7 +186,7 @@ def score_pairs(c: Config, model: str, config, rows: list[dict], encoded: list[t
             logps = lm(*collate([(encoded[i][0], encoded[i][side]) for side in (1, 2) for i in items], c.device)).tolist()
         return [{"id": rows[i]["id"], "chosen": logps[k], "rejected": logps[len(items) + k]} for k, i in enumerate(items)]
     file = name_file(c, "logps", identity(model, config), encoded, c.batch)
-    found = phase(file, list(range(len(rows))), work, c.batch, key=lambda i: sum(map(len, encoded[i])), note=note)
+    found = phase(file, list(range(len(rows))), work, c.batch, key=lambda i: sum(map(len, encoded[i][:3])), note=note)
     return np.array([[row["chosen"], row["rejected"]] for row in found])
 
 
@@ -205,7 +205,7 @@ def evaluate_pairs(c: Config):
     logps = score_pairs(c, c.model, config, kept, encoded, "model")
     ref = score_pairs(c, c.reference, other, kept, encoded, "reference") if c.reference else np.zeros_like(logps)
     chosen, rejected = pair_rewards(logps, ref, c.beta)
-    prompts, short = np.array([seed_of(row["prompt"]) for row in kept]), shorter_chosen([(len(y), len(z)) for _, y, z in encoded])
+    prompts, short = np.array([seed_of(row["prompt"]) for row in kept]), shorter_chosen([(len(y), len(z)) for _, y, z, _ in encoded])
     row = lambda name, values, at=slice(None): {"measure": name} | dict(zip(("mean", "low", "high"), bootstrap(values[at], prompts[at], seed=c.seed))) | {"pairs": len(values[at])}
     right = (chosen > rejected).astype(float)
     table_rows = [row("accuracy", right), row("accuracy, shorter answer chosen", right, short), row("accuracy, others", right, ~short), row("chosen reward", chosen),

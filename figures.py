@@ -4,6 +4,7 @@ Runs that differ in their seed alone are one line with a band. What a figure sho
 """
 from __future__ import annotations
 
+import itertools
 import json
 import operator
 import os
@@ -365,23 +366,46 @@ def sams_figures(groups: list[tuple]):
     yield "sams-cost", figure, [{"runs": name, "seconds per update": sum(part[i] for part in seconds.values()), "memory": memory[i][0][0]} for i, name in enumerate(names)]
 
 
+def sweep_figure(file: Path):
+    """bench.py --sweep: seconds and peak memory of a step against sequence length, pairs, and the head's chunk."""
+    found = json.loads(file.read_text())
+    axes_names = {"length": "Tokens of a sequence", "pairs": "Pairs of a step", "chunk": "Response tokens of a chunk"}
+    figure, axes = panels(2 * len(found["sweep"]), 3.2, 2.6, len(found["sweep"]))
+    numbers = []
+    for k, (axis, points) in enumerate(found["sweep"].items()):
+        x = [int(value) for value in points]
+        for i, row in enumerate(next(iter(points.values()))):
+            for ax, key, name in ((axes[k], "seconds", "Seconds"), (axes[k + len(found["sweep"])], "peak_mib", "Peak memory (MiB)")):
+                values = [rows[row][key] for rows in points.values()]
+                ax.plot(x, values, color=COLORS[i % 8], linestyle=DASHES[i % 6], marker=MARKERS[i % 8], markerfacecolor="white", label=row)
+                ax.set(xscale="log", yscale="log", xlabel=axes_names[axis], ylabel=name if k == 0 else "")
+                ax.set_xticks(x, [str(value) for value in x])
+                ax.minorticks_off()
+            numbers += [{"axis": axis, "value": value, "row": row, "seconds": rows[row]["seconds"], "peak_mib": rows[row]["peak_mib"]} for value, rows in zip(x, points.values())]
+    legend(figure, axes[0])
+    yield "bench-sweep", figure, numbers
+
+
 def slug(name: str) -> str:
     return "-".join("".join(x if x.isalnum() else " " for x in name.lower()).split())
 
 
 def draw(folders: list[str], out: Path):
     """All figures that the runs have the data for, each as SVG and PNG, and their numbers as tables and in figures.json."""
-    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
+    sweeps, folders = ([f for f in dict.fromkeys(folders) if f.endswith(".json") is kind] for kind in (True, False))
+    runs = [read_run(folder) for folder in folders]
     plt, written = pyplot(), {}
     out.mkdir(parents=True, exist_ok=True)
-    for method, draw in (("dnpo", dnpo_figures), ("tso", tso_figures), ("sams", sams_figures)):
+    drawn = [sweep_figure(Path(file)) for file in sweeps]
+    for method, figures_of in (("dnpo", dnpo_figures), ("tso", tso_figures), ("sams", sams_figures)):
         if some := [run for run in runs if run["method"] == method]:
-            for name, figure, numbers in draw(group_runs(some)):
-                for kind in ("svg", "png"):
-                    temporary = out / f"{name}.{kind}.tmp"
-                    figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
-                    os.replace(temporary, out / f"{name}.{kind}")
-                plt.close(figure)
-                written[name] = numbers
-                print(f"{out / name}.svg, .png\n{table(numbers, list(numbers[0]))}\n")
+            drawn.append(figures_of(group_runs(some)))
+    for name, figure, numbers in itertools.chain(*drawn):
+        for kind in ("svg", "png"):
+            temporary = out / f"{name}.{kind}.tmp"
+            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
+            os.replace(temporary, out / f"{name}.{kind}")
+        plt.close(figure)
+        written[name] = numbers
+        print(f"{out / name}.svg, .png\n{table(numbers, list(numbers[0]))}\n")
     write_atomic(out / "figures.json", json.dumps(written, indent=1))

@@ -50,14 +50,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 import toy
-from common import (Scorer, barrier, collate, die, encode_pairs, hold_out, load_lm, load_rows, load_state, load_tokenizer, memory_gib, metric_line, open_run, parse,
-                    progress, ranks, read_jsonl, save_checkpoint, save_state, seed_of, sum_ranks, table, truncate_metrics, write_atomic)
+from common import (STOP, Scorer, barrier, collate, die, encode_pairs, fill, hold_out, lm_shapes, load_lm, load_rows, load_state, load_tokenizer, memory_gib,
+                    memory_plan, metric_line, node_mesh, open_run, parse, progress, ranks, read_jsonl, save_checkpoint, save_state, seed_of, stop_on_sigterm,
+                    stopped, sum_ranks, table, torchrun_store, truncate_metrics, write_atomic)
 
 
 # ---------------------------------------------------------------- the equations
@@ -278,12 +280,13 @@ class Config:
     epochs: int = 1  # passes over the pairs
     batch: int = 64  # pairs to select from per optimizer step, over all ranks (n)
     micro_batch: int = 1  # pairs per forward pass and rank; changes memory, not results; 1 in bf16
+    sort_by_length: bool = True  # within a step: less padding, the same step
     clip: float = 1.0  # gradient norm is clipped to this
     max_steps: int | None = None  # stop after this many optimizer steps
     seed: int = 0  # of order, flips, selector and selection
     # system
     preset: Literal["toy", "paper"] = "paper"  # all other defaults; unset: paper under CUDA, else toy
-    parallel: Literal["none", "ddp", "fsdp"] = "fsdp"  # under torchrun: replicate the model or shard it
+    parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "fsdp"  # under torchrun: replicate the model, shard it, or shard it inside a node and replicate across
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights and optimizer stay in float32
     activation_checkpointing: bool = True  # recompute activations in the backward pass
     save_every: int = 50  # optimizer steps between training states
@@ -310,7 +313,7 @@ class Config:
 
 
 TOY = dict(model="runs/toy/sft", data="runs/toy/pairs.jsonl", test=None, flip=0.2, gamma=0.2, margin_weight=1.0, uncertainty_weight=0.0, context="both", selector_lr=1e-3,
-           max_response=64, beta=0.1, lr=1e-4, micro_batch=32, parallel="ddp", dtype="float32", activation_checkpointing=False, eval_every=25)
+           max_response=64, beta=0.1, lr=1e-4, micro_batch=32, sort_by_length=False, parallel="ddp", dtype="float32", activation_checkpointing=False, eval_every=25)
 
 
 # --- same in dnpo.py, tso.py, sams.py: setup ---
@@ -324,7 +327,8 @@ def setup(c) -> torch.device:
         if cuda:
             torch.cuda.set_device(device)
         # phases differ in length from rank to rank (a slow judge, a long answer): waiting is no fault, a dead rank ends the run through torchrun
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=2))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=2), **torchrun_store())
+    stop_on_sigterm()
     if c.batch % ranks()[1] or c.batch // ranks()[1] % min(c.micro_batch, c.batch // ranks()[1]):
         die(f"--batch {c.batch} can't be divided by {ranks()[1]} ranks x --micro_batch {c.micro_batch}")
     if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
@@ -336,19 +340,25 @@ def setup(c) -> torch.device:
 
 
 # --- same in dnpo.py, tso.py, sams.py: shard ---
-def shard(module: nn.Module, c, device) -> nn.Module:
-    """A Scorer in float32 on the CPU -> ready for the loop: activation checkpointing, then DDP, FSDP2 or one device."""
+def shard(wrap, path: str, c, device) -> nn.Module:
+    """wrap(lm) -> a Scorer in float32, ready for the loop: activation checkpointing, then DDP, FSDP2 (hsdp: sharded inside a node, replicated across) or one device.
+    Under FSDP no rank but the first ever holds the whole model, and that one on the CPU."""
+    sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
+    module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
     trained = any(p.requires_grad for p in module.parameters())
     if c.activation_checkpointing and any(p.requires_grad for p in module.lm.parameters()):
         for layer in module.lm.model.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    if dist.is_initialized() and c.parallel == "fsdp":
-        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, c.dtype), reduce_dtype=torch.float32)
-        for layer in module.lm.model.layers:
-            fully_shard(layer, mp_policy=policy)
-        return fully_shard(module, mp_policy=policy)  # the root holds embedding and head together: they may be tied
-    module = module.to(device)
-    return DDP(module) if dist.is_initialized() and trained else module
+    if not sharded:
+        module = module.to(device)
+        return DDP(module) if dist.is_initialized() and trained else module
+    full, own = wrap(load_lm(path, torch.float32, "cpu")) if ranks()[0] == 0 else None, dict(mp_policy=MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32))
+    if c.parallel == "hsdp":
+        own["mesh"] = node_mesh(device.type)
+    for layer in module.lm.model.layers:
+        fully_shard(layer, **own)
+    fully_shard(module, **own)  # the root holds embedding and head together: they may be tied
+    return fill(module, full, device)
 
 
 def autocast(c, device, module: nn.Module):
@@ -367,13 +377,14 @@ def no_sync(*modules: nn.Module, last: bool):
 
 
 # --- same in dnpo.py, tso.py, sams.py: order ---
-def step_order(n: int, c, *seed) -> list[list[int]]:
-    """The pairs' indices of every optimizer step: a seeded permutation per epoch, cut into batches; an epoch's last may be smaller."""
+def step_order(n: int, c, *seed, sizes: list[int] | None = None) -> list[list[int]]:
+    """The pairs' indices of every optimizer step: a seeded permutation per epoch, cut into batches; an epoch's last may be smaller.
+    With sizes, a step's pairs are sorted by them: its micro-batches have less padding, and the step is the same."""
     steps = []
     for epoch in range(c.epochs):
         order = random.Random(seed_of(*seed, epoch)).sample(range(n), n)
         steps += [order[i:i + c.batch] for i in range(0, n, c.batch)]
-    return steps[:c.max_steps]
+    return [sorted(step, key=sizes.__getitem__) if sizes else step for step in steps[:c.max_steps]]
 
 
 def micro_batches(step: list[int], c) -> list[tuple[list[int], list[float]]]:
@@ -441,13 +452,15 @@ def score_file(file: Path, model: str, pairs: list[tuple], c, device, note: str)
         barrier()
         if ranks()[0] == 0:
             write_atomic(part, "".join(done))
-        policy = shard(PoolingScorer(load_lm(model, torch.float32, "cpu")).requires_grad_(False), c, device)
+        policy = shard(lambda lm: PoolingScorer(lm).requires_grad_(False), model, c, device)
         size = max(c.batch, c.micro_batch * ranks()[1])
         for i in progress(range(len(done), len(pairs), size), note):
             logps, _ = score(policy, pairs, list(range(i, min(i + size, len(pairs)))), c, device)
             if ranks()[0] == 0:
                 with open(part, "a") as out:
                     out.writelines(json.dumps(row) + "\n" for row in logps.tolist())
+            if sum_ranks({"stop": torch.tensor(float(STOP.is_set()), device=device)})["stop"]:
+                stopped()
         if ranks()[0] == 0:
             os.replace(part, file)
         barrier()
@@ -458,7 +471,7 @@ def reference_logps(c, config, pairs: list[tuple], device) -> Tensor:
     """log pi_ref [n, 2], in a file of --reference named after what it depends on: model, ids (so data and template), number format."""
     folder = Path(c.model)
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))] if folder.exists() else getattr(config, "_commit_hash", None)
-    key = seed_of(c.model, files, c.dtype, *map(seed_of, pairs))
+    key = seed_of(c.model, files, c.dtype, *(seed_of(pair[:3]) for pair in pairs))
     return score_file(Path(c.reference) / f"{key:016x}.jsonl", c.model, pairs, c, device, "reference")
 
 
@@ -504,9 +517,10 @@ def measure(policy: nn.Module, pairs: list[tuple], ref: Tensor, c, device) -> di
 
 def train(c, how: str, pairs: list[tuple], ref: Tensor, flipped: list[bool], held: list[tuple], held_ref: Tensor, folder: Path, tok, device):
     """The policy from --model on the pairs that `how` picks, into folder/checkpoint; training states in folder/state.pt, lines in metrics.jsonl."""
-    policy = shard(PoolingScorer(load_lm(c.model, torch.float32, "cpu")), c, device)
+    policy = shard(PoolingScorer, c.model, c, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
-    steps, state, metrics, parts = step_order(len(pairs), c, c.seed, "order"), folder / "state.pt", folder / "metrics.jsonl", {"policy": (policy, optimizer)}
+    sizes = [sum(map(len, pair[:3])) for pair in pairs] if c.sort_by_length else None
+    steps, state, metrics, parts = step_order(len(pairs), c, c.seed, "order", sizes=sizes), folder / "state.pt", folder / "metrics.jsonl", {"policy": (policy, optimizer)}
     more = load_state(state, parts) if state.exists() else {"step": 0}
     lm = getattr(policy, "module", policy).lm
     bandit = Bandit(len(lm.model.layers), lm.config.hidden_size * (1 + (c.context == "both")), c, device) if how in ("topk", "sample") else None
@@ -539,10 +553,11 @@ def train(c, how: str, pairs: list[tuple], ref: Tensor, flipped: list[bool], hel
         factor = lr_factor(step, len(steps), c.warmup)
         sums = descend(policy, pairs, ref, selected, c, device)
         norm = take_step(optimizer, factor * c.lr, c.clip)
-        m = {"step": step + 1} | sum_ranks(sums) | log | {"grad_norm": norm, "lr": factor * c.lr, "memory_gib": memory_gib(device),
+        m = {"step": step + 1} | sum_ranks(sums | {"stop": torch.tensor(float(STOP.is_set()), device=device)}) | log | {"grad_norm": norm, "lr": factor * c.lr, "memory_gib": memory_gib(device),
                                                         "pairs_per_second": sum(map(len, steps[first:step + 1])) / (time.time() - started)}
+        stop = m.pop("stop")
         if not math.isfinite(m["loss"]):
-            sys.exit(f"error: the loss is {m['loss']} at step {step + 1}, pairs {selected}: lower --lr, or look at these rows")
+            sys.exit(f"error: the loss is {m['loss']} at step {step + 1}, rows {[pairs[i][3] for i in selected]}: lower --lr, or look at these rows")
         if step == 0 and abs(m["rewards/chosen"]) > 1e-3:
             print(f"warning: before the first step the policy differs from its reference by a reward of {m['rewards/chosen']:+.4f}; it should be 0", file=sys.stderr)
         if (step + 1) % c.eval_every == 0 or step + 1 == len(steps):
@@ -554,8 +569,10 @@ def train(c, how: str, pairs: list[tuple], ref: Tensor, flipped: list[bool], hel
             bar.set_description_str(line)
             if bar.disable and (step + 1) % max(1, len(steps) // 4) == 0:
                 print(line, flush=True)
-        if (step + 1) % c.save_every == 0 and step + 1 < len(steps):
+        if ((step + 1) % c.save_every == 0 or stop) and step + 1 < len(steps):
             save_state(state, parts, step=step + 1, **({"bandit": bandit.state()} if bandit else {}))
+        if stop:
+            stopped()
     save_checkpoint(folder / "checkpoint", policy, tok, c.model)
 
 
@@ -598,7 +615,8 @@ def show_plan(c, tok, pairs, held, flipped, dropped, device):
     micro = min(c.micro_batch, c.batch // world)
     print(f"batch {c.batch} = {world} ranks x {micro} pairs x {c.batch // world // micro} micro-batches · {len(step_order(n, c))} steps · {device} · "
           f"{c.parallel if dist.is_initialized() else 'one process'} · weights float32, compute {c.dtype}" + (" · activation checkpointing" if c.activation_checkpointing else ""))
-    p, y, z = pairs[0]
+    print(memory_plan(lm_shapes(c.model), c, reference=False))
+    p, y, z, _ = pairs[0]
     print(f"example, no loss: {tok.decode(p)!r}\n  chosen, with loss: {tok.decode(y)!r}\nrejected, with loss: {tok.decode(z)!r} ({len(p)} + {len(y)}, {len(z)} tokens)", flush=True)
 
 
@@ -661,4 +679,4 @@ def report(c, out: Path, flipped: list[bool], started: float):
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # under torchrun: the traceback and rank of whoever fails first

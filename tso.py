@@ -50,14 +50,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 import toy
-from common import (Scorer, barrier, collate, die, encode_pairs, generate, held_out, hold_out, load_lm, load_rows, load_state, load_tokenizer, make_judge, memory_gib, metric_line,
-                    open_run, parse, phase, progress, prompt_ids, ranks, read_file, read_hub, read_jsonl, response_ids, save_checkpoint, save_state, seed_of, sum_ranks, table, truncate_metrics,
+from common import (STOP, Scorer, barrier, collate, die, encode_pairs, fill, generate, held_out, hold_out, lm_shapes, load_lm, load_rows, load_state, load_tokenizer,
+                    make_judge, memory_gib, memory_plan, metric_line, node_mesh, open_run, parse, phase, progress, prompt_ids, ranks, read_file, read_hub,
+                    read_jsonl, response_ids, save_checkpoint, save_state, seed_of, stop_on_sigterm, stopped, sum_ranks, table, torchrun_store, truncate_metrics,
                     write_atomic)
 
 
@@ -148,12 +150,13 @@ class Config:
     epochs: int = 1  # passes over a slice's pairs
     batch: int = 64  # pairs per optimizer step, over all ranks
     micro_batch: int = 4  # pairs per forward pass and rank; changes memory, not results
+    sort_by_length: bool = True  # within a step: less padding, the same step
     clip: float = 1.0  # gradient norm is clipped to this
     max_steps: int | None = None  # stop every slice after this many optimizer steps
     seed: int = 0  # of slices, sampling, pairs and order
     # system
     preset: Literal["toy", "paper"] = "paper"  # all other defaults; unset: paper under CUDA, else toy
-    parallel: Literal["none", "ddp", "fsdp"] = "fsdp"  # under torchrun: replicate the model or shard it
+    parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "fsdp"  # under torchrun: replicate the model, shard it, or shard it inside a node and replicate across
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights and optimizer stay in float32
     activation_checkpointing: bool = True  # recompute activations in the backward pass
     sample_batch: int = 64  # answers sampled or judged at a time
@@ -182,7 +185,7 @@ class Config:
 
 
 TOY = dict(model="runs/toy/sft", older=["runs/toy/sft-early"], smaller=["runs/toy/sft-small"], data="runs/toy/train.jsonl", test="runs/toy/test.jsonl", judge="toy", limit=2000,
-           n_scores=16, max_response=64, lr=5e-5, epochs=2, batch=32, micro_batch=16, sample_batch=250, parallel="ddp", dtype="float32", activation_checkpointing=False)
+           n_scores=16, max_response=64, lr=5e-5, epochs=2, batch=32, micro_batch=16, sample_batch=250, sort_by_length=False, parallel="ddp", dtype="float32", activation_checkpointing=False)
 
 
 # --- same in dnpo.py, tso.py, sams.py: setup ---
@@ -196,7 +199,8 @@ def setup(c) -> torch.device:
         if cuda:
             torch.cuda.set_device(device)
         # phases differ in length from rank to rank (a slow judge, a long answer): waiting is no fault, a dead rank ends the run through torchrun
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=2))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=2), **torchrun_store())
+    stop_on_sigterm()
     if c.batch % ranks()[1] or c.batch // ranks()[1] % min(c.micro_batch, c.batch // ranks()[1]):
         die(f"--batch {c.batch} can't be divided by {ranks()[1]} ranks x --micro_batch {c.micro_batch}")
     if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
@@ -208,19 +212,25 @@ def setup(c) -> torch.device:
 
 
 # --- same in dnpo.py, tso.py, sams.py: shard ---
-def shard(module: nn.Module, c, device) -> nn.Module:
-    """A Scorer in float32 on the CPU -> ready for the loop: activation checkpointing, then DDP, FSDP2 or one device."""
+def shard(wrap, path: str, c, device) -> nn.Module:
+    """wrap(lm) -> a Scorer in float32, ready for the loop: activation checkpointing, then DDP, FSDP2 (hsdp: sharded inside a node, replicated across) or one device.
+    Under FSDP no rank but the first ever holds the whole model, and that one on the CPU."""
+    sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
+    module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
     trained = any(p.requires_grad for p in module.parameters())
     if c.activation_checkpointing and any(p.requires_grad for p in module.lm.parameters()):
         for layer in module.lm.model.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    if dist.is_initialized() and c.parallel == "fsdp":
-        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, c.dtype), reduce_dtype=torch.float32)
-        for layer in module.lm.model.layers:
-            fully_shard(layer, mp_policy=policy)
-        return fully_shard(module, mp_policy=policy)  # the root holds embedding and head together: they may be tied
-    module = module.to(device)
-    return DDP(module) if dist.is_initialized() and trained else module
+    if not sharded:
+        module = module.to(device)
+        return DDP(module) if dist.is_initialized() and trained else module
+    full, own = wrap(load_lm(path, torch.float32, "cpu")) if ranks()[0] == 0 else None, dict(mp_policy=MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32))
+    if c.parallel == "hsdp":
+        own["mesh"] = node_mesh(device.type)
+    for layer in module.lm.model.layers:
+        fully_shard(layer, **own)
+    fully_shard(module, **own)  # the root holds embedding and head together: they may be tied
+    return fill(module, full, device)
 
 
 def autocast(c, device, module: nn.Module):
@@ -239,13 +249,14 @@ def no_sync(*modules: nn.Module, last: bool):
 
 
 # --- same in dnpo.py, tso.py, sams.py: order ---
-def step_order(n: int, c, *seed) -> list[list[int]]:
-    """The pairs' indices of every optimizer step: a seeded permutation per epoch, cut into batches; an epoch's last may be smaller."""
+def step_order(n: int, c, *seed, sizes: list[int] | None = None) -> list[list[int]]:
+    """The pairs' indices of every optimizer step: a seeded permutation per epoch, cut into batches; an epoch's last may be smaller.
+    With sizes, a step's pairs are sorted by them: its micro-batches have less padding, and the step is the same."""
     steps = []
     for epoch in range(c.epochs):
         order = random.Random(seed_of(*seed, epoch)).sample(range(n), n)
         steps += [order[i:i + c.batch] for i in range(0, n, c.batch)]
-    return steps[:c.max_steps]
+    return [sorted(step, key=sizes.__getitem__) if sizes else step for step in steps[:c.max_steps]]
 
 
 def micro_batches(step: list[int], c) -> list[tuple[list[int], list[float]]]:
@@ -406,10 +417,11 @@ def descend(c, policy: nn.Module, reference: nn.Module, pairs: list[tuple], indi
 
 def train(c, number: int, where: str, pairs: list[tuple], start: str, folder: Path, tok, device):
     """The policy from `start`, which is also the reference, on one slice's pairs, into folder/checkpoint; training states in folder/state.pt, lines in metrics.jsonl."""
-    policy = shard(Scorer(load_lm(start, torch.float32, "cpu")), c, device)
-    reference = shard(Scorer(load_lm(start, torch.float32, "cpu").requires_grad_(False)), c, device)
+    policy = shard(Scorer, start, c, device)
+    reference = shard(lambda lm: Scorer(lm.requires_grad_(False)), start, c, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
-    steps, state, metrics, parts = step_order(len(pairs), c, c.seed, "order", where), folder / "state.pt", folder.parent / "metrics.jsonl", {"policy": (policy, optimizer)}
+    sizes = [sum(map(len, pair[:3])) for pair in pairs] if c.sort_by_length else None
+    steps, state, metrics, parts = step_order(len(pairs), c, c.seed, "order", where, sizes=sizes), folder / "state.pt", folder.parent / "metrics.jsonl", {"policy": (policy, optimizer)}
     first = load_state(state, parts)["step"] if state.exists() else 0
     if ranks()[0] == 0:
         truncate_metrics(metrics, lambda m: (m["iteration"], m["step"]) <= (number, first))
@@ -419,10 +431,11 @@ def train(c, number: int, where: str, pairs: list[tuple], start: str, folder: Pa
         factor = lr_factor(step, len(steps), c.warmup)
         sums = descend(c, policy, reference, pairs, steps[step], device)
         norm = take_step(optimizer, factor * c.lr, c.clip)
-        m = {"iteration": number, "slice": where, "step": step + 1} | sum_ranks(sums) | {"grad_norm": norm, "lr": factor * c.lr, "memory_gib": memory_gib(device),
+        m = {"iteration": number, "slice": where, "step": step + 1} | sum_ranks(sums | {"stop": torch.tensor(float(STOP.is_set()), device=device)}) | {"grad_norm": norm, "lr": factor * c.lr, "memory_gib": memory_gib(device),
              "pairs_per_second": sum(map(len, steps[first:step + 1])) / (time.time() - started)}
+        stop = m.pop("stop")
         if not math.isfinite(m["loss"]):
-            sys.exit(f"error: the loss is {m['loss']} at slice {where}, step {step + 1}, pairs {steps[step]}: lower --lr, or look at these rows")
+            sys.exit(f"error: the loss is {m['loss']} at slice {where}, step {step + 1}, rows {[pairs[i][3] for i in steps[step]]}: lower --lr, or look at these rows")
         if step == 0 and abs(m["rewards/chosen"]) > 1e-3:
             print(f"warning: before the first step the policy differs from its reference by a reward of {m['rewards/chosen']:+.4f}; it should be 0", file=sys.stderr)
         if ranks()[0] == 0:
@@ -433,8 +446,10 @@ def train(c, number: int, where: str, pairs: list[tuple], start: str, folder: Pa
             bar.set_description_str(line)
             if bar.disable and (step + 1) % max(1, len(steps) // 2) == 0:
                 print(line, flush=True)
-        if (step + 1) % c.save_every == 0 and step + 1 < len(steps):
+        if ((step + 1) % c.save_every == 0 or stop) and step + 1 < len(steps):
             save_state(state, parts, step=step + 1)
+        if stop:
+            stopped()
     save_checkpoint(folder / "checkpoint", policy, tok, start)
 
 
@@ -482,6 +497,7 @@ def show_plan(c, tok, parts, test_rows, dropped, device):
     world, micro = ranks()[1], min(c.micro_batch, c.batch // ranks()[1])
     print(f"batch {c.batch} = {world} ranks x {micro} pairs x {c.batch // world // micro} micro-batches · at most {len(step_order(len(parts[0]) * c.pairs_per_prompt, c))} steps a slice · "
           f"{device} · {c.parallel if dist.is_initialized() else 'one process'} · weights float32, compute {c.dtype}" + (" · activation checkpointing" if c.activation_checkpointing else ""))
+    print(memory_plan(lm_shapes(c.model), c, reference=True))
     row = parts[0][0]
     p, y = prompt_ids(tok, row["prompt"]), response_ids(tok, row["response"], True, c.max_response)
     print(f"example {row['id']}, no loss: {tok.decode(p)!r}\n{' ' * len(row['id'])}    with loss: {tok.decode(y)!r} ({len(p)} + {len(y)} tokens)", flush=True)
@@ -621,4 +637,4 @@ def report(out: Path, results: list[dict], model: str, started: float):
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # under torchrun: the traceback and rank of whoever fails first

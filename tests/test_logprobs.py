@@ -108,14 +108,14 @@ def test_a_sentencepiece_answer_has_no_extra_space_and_a_byte_level_one_keeps_it
 def test_a_human_and_a_generated_copy_of_a_text_have_the_same_ids():
     """Text in, ids out, whoever wrote it: two copies that ended are identical and left out; if one was cut they differ by the end token."""
     tok, cut = toy.tokenizer(), {"chosen_ended": True, "rejected_ended": False}
-    rows = [{"prompt": [{"role": "user", "content": x}], "chosen": y, "rejected": z, "meta": meta} for x, y, z, meta in (
+    rows = [{"id": y + z, "prompt": [{"role": "user", "content": x}], "chosen": y, "rejected": z, "meta": meta} for x, y, z, meta in (
         ("ba", "abc", "abc", {}), ("ba", "abc", "abc", cut), ("ba", "abcdefg", "abcdefh", {}), ("ba", "abc", "", cut), ("ba", "", "ab", {}),
         ("a" * 9, "ab", "ba", {"chosen_ended": False}), ("a" * 10, "ab", "ba", {}))]
     pairs, dropped = encode_pairs(tok, rows, 12, 6)
     ids = lambda *tokens: tok.convert_tokens_to_ids(list(tokens))
     header = lambda text: ids("<bos>", "<|user|>", *text, "<|assistant|>")
-    assert pairs == [(header("ba"), ids(*"abc", "<eos>"), ids(*"abc")), (header("ba"), ids("<eos>"), ids(*"ab", "<eos>")),
-                     (header("a" * 9), ids(*"ab"), ids(*"ba", "<eos>"))]
+    assert pairs == [(header("ba"), ids(*"abc", "<eos>"), ids(*"abc"), "abcabc"), (header("ba"), ids("<eos>"), ids(*"ab", "<eos>"), "ab"),
+                     (header("a" * 9), ids(*"ab"), ids(*"ba", "<eos>"), "abba")]
     assert dropped == {"prompt too long": 1, "identical sides": 2, "empty side": 1}
 
 

@@ -502,7 +502,7 @@ def test_selective_dpo_keeps_the_easiest(monkeypatch, flags, tmp_path, world):
     for unseen_by, half in ((1, order[::2]), (0, order[1::2])):
         model = load(out / f"half{unseen_by}/checkpoint")
         for i in half[:5]:
-            p, y, z = pairs[i]
+            p, y, z, _ = pairs[i]
             with torch.no_grad():
                 m = 0.1 * sum(sign * (naive_logp(model, p, side) - naive_logp(start, p, side)).item() for sign, side in ((1, y), (-1, z)))
             assert difficulty[i] == pytest.approx(naive_loss(m), abs=1e-4)

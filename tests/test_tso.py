@@ -557,7 +557,7 @@ def test_an_exported_slice_waits_for_a_person(monkeypatch, plain, world, tmp_pat
     monkeypatch.setattr(tso, "train", lambda c, number, where, pairs, *more: seen.append(pairs) or train(c, number, where, pairs, *more))
     run(monkeypatch, tso, *flags, "--resume", "--verdicts", file)
     said = [(row["rejected"], row["chosen"]) if row["verdict"] == "swap" else (row["chosen"], row["rejected"]) for row in rows if row["verdict"] != "drop"]
-    assert len(said) == 27 and [tuple(tok.decode(y, skip_special_tokens=True) for y in pair[1:]) for pair in seen[0]] == said
+    assert len(said) == 27 and [tuple(tok.decode(y, skip_special_tokens=True) for y in pair[1:3]) for pair in seen[0]] == said
     assert [{pair["meta"]["by"] for pair in common.read_jsonl(tmp_path / f"run/round1-slice{m}/pairs.jsonl")} for m in (1, 2)] == [{"person"}, {"judge"}]
     cells = results(tmp_path / "run")["slices"][1]["cells"].values()
     assert [sum(cell[name] for cell in cells) for name in ("kept", "swapped", "dropped")] == [13, 14, 13]
