@@ -224,7 +224,7 @@ def test_the_reported_numbers_are_those_of_the_files(plain, world):
     annotated = {r["prompt"]: r["response"] for name in ("train", "test") for r in lines(world / f"{name}.jsonl")}
     report = json.loads((plain / "results.json").read_text())
     assert [(r["iteration"], r["update"]) for r in report["iterations"]] == [(0, "start"), (1, "spin"), (2, "dnpo")]
-    assert report["seed"] == 0 and report["seconds"] > 0
+    assert report["seed"] == 0 and report["seconds"] >= 0  # 0.0 when a finished run was only read again
     for r in report["iterations"]:
         rows = lines(plain / f"iter{r['iteration']}/test.jsonl")
         held_out = {row["prompt"] for row in lines(world / "test.jsonl")[:16]}
