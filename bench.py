@@ -124,7 +124,7 @@ def seconds(step, modules, device) -> float:
 
 
 def load(c, device) -> tuple[torch.nn.Module, torch.nn.Module | None, list[tuple], object]:
-    """Policy (2 % away from the reference: margins are not all 0), reference if a row needs it, pairs, tokenizer."""
+    """Policy, the same as reference if a row needs it, pairs, tokenizer."""
     from transformers import AutoModelForCausalLM, LlamaConfig
     tok = None
     if c.shape:
@@ -152,11 +152,6 @@ def load(c, device) -> tuple[torch.nn.Module, torch.nn.Module | None, list[tuple
         reference = make() if c.shape else load_lm(c.model, torch.float32, device)
         reference.load_state_dict(lm.state_dict())
         reference.requires_grad_(False)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in lm.parameters():
-            if p.dim() > 1:
-                p.add_(torch.randn_like(p) * p.std() * 0.02)
     return lm, reference, pairs, tok
 
 
@@ -165,8 +160,12 @@ def make_steps(c, lm, reference, pairs, tok, device) -> tuple[dict, list]:
     n, everything, policy, modules = len(pairs), list(range(len(pairs))), sams.PoolingScorer(lm), [lm]
     same = dict(dtype=c.dtype, micro_batch=c.micro_batch or n, batch=n, beta=0.1, activation_checkpointing=False)
     how = sams.Config(**same, ratio=c.ratio, context="both")
-    with torch.no_grad():  # reference log-probs of the unmoved weights, or of these: the time is the same
-        ref, _ = sams.score(sams.PoolingScorer(reference) if reference else policy, pairs, everything, how, device)
+    ref, _ = sams.score(policy, pairs, everything, how, device)
+    torch.manual_seed(1)
+    with torch.no_grad():  # 2 % away from the reference, or every margin would be 0
+        for p in lm.parameters():
+            if p.dim() > 1:
+                p.add_(torch.randn_like(p) * p.std() * 0.02)
     real = [token for p, y in sams.both_sides(pairs, everything) for token in p + y]
     real = torch.tensor(real[:len(real) // (2 * n) * 2 * n], device=device).view(2 * n, -1)  # as many sequences as in the other rows, none padded
 
@@ -224,7 +223,7 @@ def trl_steps(c, lm, pairs, ref, tok, device, ours) -> dict:
                                                            for (p, y, z, _), (a, b) in zip(pairs, ref.tolist())]))
 
     def step():
-        with trainer.compute_loss_context_manager():
+        with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"):  # as accelerate does around a prepared model
             loss = trainer.compute_loss(lm, batch)
         loss.backward()
         return loss.detach()
@@ -255,7 +254,7 @@ def measure(c, device) -> dict:
         for name, step in steps.items():
             times[name].append(seconds(step, modules, device))
     keep_freed_blocks(False)
-    memory = {name: statistics.median(peak(step, modules, device) or 0 for _ in range(3 if device.type == "cpu" else 1)) or None for name, step in progress(steps.items(), "memory")}
+    memory = {name: peak(step, modules, device) for name, step in progress(steps.items(), "memory")}
     tokens, length = sum(len(p) * 2 + len(y) + len(z) for p, y, z, _ in pairs), max(len(p) + max(len(y), len(z)) for p, y, z, _ in pairs)
     weights = sum(p.numel() for p in lm.parameters()) - lm.get_input_embeddings().weight.numel() * (not lm.config.tie_word_embeddings)
     flops = tokens * (6 * weights + 6 * lm.config.num_hidden_layers * lm.config.hidden_size * length)
