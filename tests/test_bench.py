@@ -27,7 +27,7 @@ def test_peak_is_the_growth_over_what_was_there():
     if not bench.LIBC:
         pytest.skip("Linux only")
     assert bench.peak(step, [module], CPU) == pytest.approx(96, abs=8) and kept[0] == 1
-    assert bench.seconds(lambda: time.sleep(0.05), [module], CPU) == pytest.approx(0.05, abs=0.03)
+    assert 0.05 <= bench.seconds(lambda: time.sleep(0.05), [module], CPU) < 0.5
 
 
 @pytest.fixture
