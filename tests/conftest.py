@@ -114,3 +114,46 @@ def assert_close(a: dict, b: dict, atol: float):
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda text: f"{name}: {text}")
+
+
+TOGETHER = """import importlib, json, os, sys
+sys.path.insert(0, sys.argv[1])
+import common
+module = importlib.import_module(sys.argv[2])
+
+class Died(BaseException):
+    pass
+
+def save_and_die(*args, **more):
+    common.save_state(*args, **more)
+    raise Died
+module.dist.init_process_group("gloo")  # one group for all runs: torchrun's start takes longer than a run
+module.dist.init_process_group = module.dist.destroy_process_group = lambda *args, **more: None
+for local, dies, flags in json.loads(sys.argv[3]):
+    os.environ["LOCAL_WORLD_SIZE"] = str(local)
+    common.node_mesh.cache_clear()
+    module.save_state, sys.argv[1:] = save_and_die if dies else common.save_state, [str(flag) for flag in flags]
+    try:
+        module.main()
+    except Died:
+        pass
+"""
+
+
+def together(module, folder: Path, ranks: int, runs: list[tuple[int, bool, list]]):
+    """Several runs of a script one after another under one torchrun: (ranks that pass for one node, whether it dies when it first saves, flags) each."""
+    (folder / "together.py").write_text(TOGETHER)
+    done = script(str(folder / "together.py"), ROOT, module.__name__, json.dumps(runs, default=str), cwd=folder, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+
+
+def refused(monkeypatch, capsys, module, flags: list) -> str:
+    """The one line on stderr with which a script ends, exit code 2, before it loads a model."""
+    import common
+    for where in (module, common):
+        monkeypatch.setattr(where, "load_lm", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, module, *flags)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    return err

@@ -310,10 +310,9 @@ def test_the_harness_is_called_with_the_papers_shots():
     assert "--num_fewshot" not in benchmark_command(c, "mine", "O")
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="the optional lm_eval is not installed; .ci/run's last line does")
 def test_benchmark_numbers_are_the_harness_own(world, tmp_path):
     """A local task through evaluate.py and through lm_eval called by hand: the same numbers; started again, nothing is run."""
-    if not importlib.util.find_spec("lm_eval"):
-        pytest.skip("lm_eval is not installed")
     rows = common.load_rows(str(world / "pairs.jsonl"), "pair", 20)[0]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": r["prompt"][0]["content"], "choices": [r["rejected"], r["chosen"]]}) + "\n" for r in rows))
     (tmp_path / "sort.yaml").write_text(f"task: toy_sort\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.jsonl\ntest_split: test\nfewshot_split: test\n"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_close, dnpo_flags, environment, forked, metrics, results, run, sams_flags, script, weights
+from conftest import ROOT, assert_close, dnpo_flags, environment, forked, metrics, results, run, sams_flags, together, weights
 
 import common
 import dnpo
@@ -44,48 +44,19 @@ def same(out, plain, exact=True):
 
 # ---------------------------------------------------------------- ranks
 
-RANKS = """import json, os, sys
-sys.path.insert(0, sys.argv[1])
-import common, sams
-
-class Died(BaseException):
-    pass
-
-def save_and_die(*args, **more):
-    common.save_state(*args, **more)
-    raise Died
-sams.dist.init_process_group("gloo")
-sams.dist.init_process_group = sams.dist.destroy_process_group = lambda *args, **more: None
-for local, dies, flags in json.loads(sys.argv[2]):
-    os.environ["LOCAL_WORLD_SIZE"] = str(local)
-    common.node_mesh.cache_clear()
-    sams.save_state, sys.argv[1:] = save_and_die if dies else common.save_state, [str(flag) for flag in flags]
-    try:
-        sams.main()
-    except Died:
-        pass
-"""
-
-
-def under_torchrun(folder, ranks, runs):
-    (folder / "ranks.py").write_text(RANKS)
-    done = script(str(folder / "ranks.py"), ROOT, json.dumps(runs, default=str), cwd=folder, ranks=ranks)
-    assert done.returncode == 0, done.stderr
-
-
 def test_hsdp_is_fsdp_is_one_process(plain, flags, tmp_path):
     """Two nodes of one rank (replicated) and one node of two (sharded), in the same weights and choices as one process; likewise with activation checkpointing."""
     shapes = {"two-nodes": 1, "one-node": 2}
-    under_torchrun(tmp_path, 2, [(local, False, flags(name, parallel="hsdp", activation_checkpointing=local == 1)) for name, local in shapes.items()])
+    together(sams, tmp_path, 2, [(local, False, flags(name, parallel="hsdp", activation_checkpointing=local == 1)) for name, local in shapes.items()])
     for name in shapes:
         same(tmp_path / name, plain, exact=False)
 
 
 def test_a_run_goes_on_on_any_number_of_ranks(plain, flags, tmp_path):
     """Saved by 2 sharded ranks, resumed by 4, saved, resumed by 1: selector, optimizer and order go along."""
-    under_torchrun(tmp_path, 2, [(2, True, flags("run", parallel="fsdp"))])
+    together(sams, tmp_path, 2, [(2, True, flags("run", parallel="fsdp"))])
     assert [m["step"] for m in metrics(tmp_path / "run")] == [1, 2]
-    under_torchrun(tmp_path, 4, [(4, True, [*flags("run", parallel="fsdp"), "--resume"])])
+    together(sams, tmp_path, 4, [(4, True, [*flags("run", parallel="fsdp"), "--resume"])])
     assert [m["step"] for m in metrics(tmp_path / "run")] == [1, 2, 3, 4]
     assert forked(sams, *flags(tmp_path / "run", parallel="fsdp"), "--resume") == 0
     same(tmp_path / "run", plain, exact=False)

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT, as_flags, assert_close, forked, lines, metrics, results, run, script, weights
+from conftest import as_flags, assert_close, forked, lines, metrics, refused, results, run, together, weights
 from test_equations import naive_logp, naive_loss, random_pairs, tiny_lm
 
 import common
@@ -609,23 +609,9 @@ def test_a_killed_run_ends_with_the_same_results(plain, world, tmp_path, kill):
     assert not list((tmp_path / "run").rglob("state.pt")) and not list((tmp_path / "run").rglob("*.part*"))
 
 
-TWO = """import json, sys
-sys.path.insert(0, sys.argv[1])
-import tso
-tso.dist.init_process_group("gloo")
-tso.dist.init_process_group = tso.dist.destroy_process_group = lambda *args, **more: None
-for flags in json.loads(sys.argv[2]):
-    sys.argv[1:] = [str(flag) for flag in flags]
-    tso.main()
-"""
-
-
 def test_two_ranks_sample_and_learn_what_one_does(plain, world, tmp_path):
     """DDP and FSDP on two ranks: the same candidates and pairs to the byte in both slices, the same metrics and weights."""
-    (tmp_path / "two.py").write_text(TWO)
-    runs = [tso_flags(world, out=way, **PLAIN, parallel=way, save_every=50, n_scores=0) for way in ("ddp", "fsdp")]
-    done = script(str(tmp_path / "two.py"), ROOT, json.dumps(runs, default=str), cwd=tmp_path, ranks=2)
-    assert done.returncode == 0, done.stderr
+    together(tso, tmp_path, 2, [(2, False, tso_flags(world, out=way, **PLAIN, parallel=way, save_every=50, n_scores=0)) for way in ("ddp", "fsdp")])
     for way in ("ddp", "fsdp"):
         for m in (1, 2):
             files = [f"round1-slice{m}/{name}.jsonl" for name in ("candidates-current", "candidates-older0", "candidates-smaller0", "judged", "pairs", "answers")]
@@ -676,12 +662,7 @@ def test_the_share_clipped_is_that_of_the_pairs(monkeypatch, world, tmp_path):
 ])
 def test_bad_input_is_one_line_before_any_model(monkeypatch, world, tmp_path, capsys, more, complaint):
     """Exit code 2, one line on stderr, no folder."""
-    for module in (tso, common):
-        monkeypatch.setattr(module, "load_lm", lambda *a, **k: pytest.fail("a model was loaded"))
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, tso, *tso_flags(world, out=tmp_path / "run", **more))
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and complaint in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert complaint in refused(monkeypatch, capsys, tso, tso_flags(world, out=tmp_path / "run", **more)) and not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(monkeypatch, world, tmp_path, capsys):
