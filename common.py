@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import inspect
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-CHUNK = 1024  # response tokens whose logits [CHUNK, V] are alive at a time; smaller chunks are slower, not leaner
+CHUNK = 512  # response tokens whose logits [CHUNK, V] are alive at a time: more weigh more, fewer make the head slower
 
 
 def die(message: str) -> typing.NoReturn:
@@ -369,9 +370,12 @@ def ranks() -> tuple[int, int]:
 
 
 def torchrun_store() -> dict:
-    """Where torchrun's ranks meet, for init_process_group; another place after every restart, or gloo would call the dead ranks' addresses."""
+    """Where torchrun's ranks meet, for init_process_group; another place after every restart, or gloo would call the dead ranks' addresses.
+    Phases differ in length from rank to rank (a slow judge, a long answer): waiting is no fault, and a dead rank ends the run through torchrun."""
+    patience = datetime.timedelta(days=2)
     store, rank, world = next(dist.rendezvous("env://"))
-    return {"store": dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), "rank": rank, "world_size": world}
+    store.set_timeout(patience)  # NCCL's ranks wait here for their first collective
+    return {"store": dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), "rank": rank, "world_size": world, "timeout": patience}
 
 
 def barrier():
@@ -891,23 +895,26 @@ def metric_line(m: dict, steps: int, seconds_left: float) -> str:
 
 def memory_parts(lm, c, *, reference: bool, noise: bool = False) -> dict[str, float]:
     """Bytes on each rank by arithmetic; lm: the model's shapes. P weights, in fp32: 4P, gradients 4P, Adam 8P, a resident
-    reference 4P, a noise head of V x D with gradients and Adam 16VD, each divided by the ranks that shard it. Activations are an estimate: what a layer keeps of each token,
-    of all layers or, with activation checkpointing, of one beside every layer's input, and three blocks of logits."""
+    reference 4P, a noise head of V x D with gradients and Adam 16VD, each divided by the ranks that shard it. Activations are an estimate: what a Llama layer keeps of each token,
+    of all layers or, with activation checkpointing, of one and a half (its gradients) beside every layer's input, and four fp32 blocks of logits,
+    with noise eight."""
     world = ranks()[1]
     shards = {"fsdp": world, "hsdp": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}.get(c.parallel, 1) if dist.is_initialized() else 1
     config, number = lm.config, 2 if c.dtype == "bfloat16" else 4
     P, V, D, L = sum(p.numel() for p in lm.parameters()), config.vocab_size, config.hidden_size, config.num_hidden_layers
     micro = min(c.micro_batch, c.batch // world)
-    tokens, layer = 2 * micro * (c.max_prompt + c.max_response), (8 * D + 4 * config.intermediate_size) * number
-    kept = tokens * (L * D * number + layer if c.activation_checkpointing else L * layer)
+    tokens, layer = 2 * micro * (c.max_prompt + c.max_response), (28 + 4 * number) * D + 4 * config.intermediate_size * number  # norms and residual stream are fp32
+    kept = tokens * (4 * L * D + 1.5 * layer if c.activation_checkpointing else L * layer)
     parts = {"weights": 4 * P / shards, "gradients": 4 * P / shards, "Adam": 8 * P / shards}
     if shards > 1:
         parts["gathered layers"] = (2 * (P - V * D) / L + 2 * V * D) * number
+    elif number == 2:
+        parts["bf16 copies"] = 2 * (V * D + (P - V * D) / L if c.activation_checkpointing else P)
     if reference:
         parts["reference"] = 4 * P / shards
     if noise:
         parts["noise head"] = 16 * V * (D + 1) / shards
-    parts["activations up to about"] = kept + 3 * 4 * V * min(CHUNK, 2 * micro * c.max_response)
+    parts["activations up to about"] = kept + (8 if noise else 4) * 4 * V * min(CHUNK, 2 * micro * c.max_response)
     return parts
 
 
