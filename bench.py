@@ -3,7 +3,8 @@
     python bench.py --model DIR --data pairs.jsonl            # a table, and bench.json
     python bench.py --model DIR --data pairs.jsonl --vs trl   # pip install trl
     python bench.py --shape 1b --length 1024                  # random weights and pairs: nothing to download
-    python bench.py --sweep length pairs chunk                # how cost grows, as bench-sweep.json
+    python bench.py --model DIR --ranks 2                     # one step over two processes under FSDP
+    python bench.py --sweep length pairs chunk ranks          # how cost grows, as bench-sweep.json
 
 floor    the backbone forward and backward on the same real tokens: no padding, no head, no loss
 dpo      our loop, reference log-probs at hand; dpo+ac: with activation checkpointing
@@ -13,8 +14,8 @@ dnpo     the joint update: resident reference with noise head
 trl      DPOTrainer's loss, reference log-probs at hand, its head and metrics included; trl+ac: with its gradient checkpointing
 
 All rows in one process on the same pairs, medians of interleaved repeats. Memory is the growth over weights and optimizer, gradients included: the CUDA allocator's peak on a
-GPU, the resident set's on a CPU (Linux; glibc is told to give freed blocks back, in a pass of its own). The optimizer's step is left out: it is the same in every row.
-MFU = model FLOPs / (seconds x peak), model FLOPs = (6 N + 6 L D T) per token: N weights without the embedding, causal attention, no credit for recomputing or for scoring.
+GPU, the resident set's on a CPU (Linux; a pass of its own, in which glibc gives freed blocks back), of the rank that needs most. The optimizer's step is left out: it is the
+same in every row. MFU = model FLOPs / (seconds x ranks x peak), model FLOPs = (6 N + 6 L D T) per token: N weights without the embedding, causal attention, no credit for recomputing or for scoring.
 """
 from __future__ import annotations
 
@@ -23,16 +24,20 @@ import ctypes
 import dataclasses
 import functools
 import json
+import multiprocessing
 import random
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import common
@@ -63,8 +68,9 @@ class Config:
     vs: Literal["trl"] | None = None  # measure it too
     rows: list[str] = dataclasses.field(default_factory=lambda: ["floor", "dpo", "dpo+ac", "sams", "tso", "dnpo"])  # rows to measure
     repeats: int = 5  # rounds over all rows
-    threads: int | None = None  # CPU threads (default: torch's)
-    sweep: list[str] = dataclasses.field(default_factory=list)  # how cost grows with: length, pairs, chunk
+    threads: int | None = None  # CPU threads of a rank (default: torch's)
+    ranks: int = 1  # processes that share the step, under FSDP: rows dpo, dpo+ac, sams
+    sweep: list[str] = dataclasses.field(default_factory=list)  # how cost grows with: length, pairs, chunk, ranks
     out: str = "bench.json"  # where the numbers go
 
 
@@ -124,7 +130,7 @@ def seconds(step, modules, device) -> float:
 
 
 def load(c, device) -> tuple[torch.nn.Module, torch.nn.Module | None, list[tuple], object]:
-    """Policy, the same as reference if a row needs it, pairs, tokenizer."""
+    """Policy (None if make_steps is to shard it), the same as reference if a row needs it, pairs, tokenizer."""
     from transformers import AutoModelForCausalLM, LlamaConfig
     tok = None
     if c.shape:
@@ -135,14 +141,12 @@ def load(c, device) -> tuple[torch.nn.Module, torch.nn.Module | None, list[tuple
             lm = make()
     else:
         tok, config = load_tokenizer(c.model)
-        lm = load_lm(c.model, torch.float32, device)
+        lm = load_lm(c.model, torch.float32, device) if c.ranks == 1 else None
     if c.length:
         rng = random.Random(0)
         draw = lambda n: [rng.randrange(10, config.vocab_size) for _ in range(n)]
         pairs = [(draw(c.length // 4), draw(c.length - c.length // 4), draw(c.length - c.length // 4), str(i)) for i in range(c.pairs)]
     else:
-        if tok is None:
-            die("--shape has no tokenizer for --data: give --length")
         pairs, _ = encode_pairs(tok, load_rows(c.data, "pair")[0], c.max_prompt, c.max_response)
         pairs = sorted(pairs, key=lambda pair: -sum(map(len, pair[:3])))[:c.pairs]
         if len(pairs) < c.pairs:
@@ -157,14 +161,17 @@ def load(c, device) -> tuple[torch.nn.Module, torch.nn.Module | None, list[tuple
 
 def make_steps(c, lm, reference, pairs, tok, device) -> tuple[dict, list]:
     """{row: a function that does one forward and backward pass}, and the modules whose gradients it makes."""
-    n, everything, policy, modules = len(pairs), list(range(len(pairs))), sams.PoolingScorer(lm), [lm]
+    n, everything = len(pairs), list(range(len(pairs)))
     same = dict(dtype=c.dtype, micro_batch=c.micro_batch or n, batch=n, beta=0.1, activation_checkpointing=False)
     how = sams.Config(**same, ratio=c.ratio, context="both")
+    policy = sams.PoolingScorer(lm) if lm else sams.shard(sams.PoolingScorer, c.model, how, device)
+    lm, modules = policy.lm, [policy]
     ref, _ = sams.score(policy, pairs, everything, how, device)
     torch.manual_seed(1)
     with torch.no_grad():  # 2 % away from the reference, or every margin would be 0
         for p in lm.parameters():
             if p.dim() > 1:
+                p = p.to_local() if isinstance(p, DTensor) else p
                 p.add_(torch.randn_like(p) * p.std() * 0.02)
     real = [token for p, y in sams.both_sides(pairs, everything) for token in p + y]
     real = torch.tensor(real[:len(real) // (2 * n) * 2 * n], device=device).view(2 * n, -1)  # as many sequences as in the other rows, none padded
@@ -213,8 +220,6 @@ def trl_steps(c, lm, pairs, ref, tok, device, ours) -> dict:
         from datasets import Dataset
     except ImportError:
         die("--vs trl needs trl: pip install trl")
-    if tok is None:
-        die("--vs trl needs a tokenizer: give --model")
     row = [{"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}]
     args = trl.DPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(pairs), beta=0.1, use_cpu=device.type == "cpu", bf16=c.dtype == "bfloat16", report_to=[],
                          max_length=None, gradient_checkpointing=False, precompute_ref_log_probs=True, disable_tqdm=True, dataloader_pin_memory=False)
@@ -241,11 +246,21 @@ def trl_steps(c, lm, pairs, ref, tok, device, ours) -> dict:
     return {"trl": step, "trl+ac": step_checkpointed}
 
 
-def measure(c, device) -> dict:
-    """{row: seconds, spread, peak_mib, ...} of one setting."""
+def measure(c, rank: int = 0, meeting: str = "") -> dict:
+    """{row: seconds, spread, peak_mib, ...} of one setting, on one of its ranks."""
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if c.ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.FileStore(meeting, c.ranks), rank=rank, world_size=c.ranks)
     common.CHUNK = dnpo.CHUNK = c.chunk
+    keep_freed_blocks(False)
     lm, reference, pairs, tok = load(c, device)
     steps, modules = make_steps(c, lm, reference, pairs, tok, device)
+    lm = modules[0].lm
+    memory = {name: peak(step, modules, device) for name, step in progress(steps.items(), "memory")}  # first: a heap with holes would hide growth, or make it
     times = {name: [] for name in steps}
     keep_freed_blocks(True)
     for step in progress(steps.values(), "warm up"):
@@ -253,8 +268,6 @@ def measure(c, device) -> dict:
     for _ in progress(range(c.repeats), "time"):
         for name, step in steps.items():
             times[name].append(seconds(step, modules, device))
-    keep_freed_blocks(False)
-    memory = {name: peak(step, modules, device) for name, step in progress(steps.items(), "memory")}
     tokens, length = sum(len(p) * 2 + len(y) + len(z) for p, y, z, _ in pairs), max(len(p) + max(len(y), len(z)) for p, y, z, _ in pairs)
     weights = sum(p.numel() for p in lm.parameters()) - lm.get_input_embeddings().weight.numel() * (not lm.config.tie_word_embeddings)
     flops = tokens * (6 * weights + 6 * lm.config.num_hidden_layers * lm.config.hidden_size * length)
@@ -262,33 +275,47 @@ def measure(c, device) -> dict:
     median = {name: statistics.median(t) for name, t in times.items()}
     over = lambda name, base: median[name] / median[base] if base in median else None
     rows = {name: {"seconds": median[name], "spread": (max(t) - min(t)) / median[name], "peak_mib": memory[name], "vs_floor": over(name, "floor"), "vs_trl": over(name, "trl"),
-                   "tokens_per_second": tokens / median[name], "mfu": flops / median[name] / top if top and name != "sams" else None} for name, t in times.items()}
-    return {"tokens": tokens, "gradients_mib": sum(p.numel() * 4 for p in lm.parameters()) / 2**20, "peak_flops": top, "rows": rows}
+                   "tokens_per_second": tokens / median[name], "mfu": flops / median[name] / top / c.ranks if top and name != "sams" else None} for name, t in times.items()}
+    card = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    return {"device": card, "tokens": tokens, "gradients_mib": sum(p.numel() * 4 for p in lm.parameters()) / 2**20 / c.ranks, "peak_flops": top, "rows": rows}
 
 
-SWEEPS = {"length": (128, 256, 512, 1024, 2048), "pairs": (1, 2, 4, 8), "chunk": (64, 256, 1024, 4096)}
+def apart(c) -> dict:
+    """measure, in new processes: what another setting has left in the heap would count."""
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(c.ranks, multiprocessing.get_context("spawn")) as pool:
+        found, *others = pool.map(functools.partial(measure, c, meeting=f"{folder}/store"), range(c.ranks))
+    for name, row in found["rows"].items():
+        row["peak_mib"] = max((other["rows"][name]["peak_mib"] for other in (found, *others) if row["peak_mib"] is not None), default=None)
+    return found
+
+
+SWEEPS = {"length": (128, 256, 512, 1024, 2048), "pairs": (1, 2, 4, 8), "chunk": (64, 256, 1024, 4096), "ranks": (1, 2, 4)}
 
 
 def main():
     c = parse(Config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if unknown := set(c.rows) - {"floor", "dpo", "dpo+ac", "sams", "tso", "dnpo"} | set(c.sweep) - set(SWEEPS):
         die(f"{' '.join(sorted(unknown))}: no such row or sweep")
-    if c.threads:
-        torch.set_num_threads(c.threads)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    head = {"argv": sys.argv[1:], "device": card, "torch": torch.__version__}
+    if c.shape and (c.vs or not c.length and not c.sweep):
+        die("--shape has no tokenizer for --data and --vs: give --length, or a --model")
+    if c.ranks > 1 or "ranks" in c.sweep:
+        if c.shape or c.vs or set(c.rows) - {"dpo", "dpo+ac", "sams"}:
+            die("several ranks need a --model, and --rows of dpo, dpo+ac and sams")
+        if torch.cuda.is_available() and torch.cuda.device_count() < c.ranks:
+            die(f"--ranks {c.ranks} needs as many GPUs, here are {torch.cuda.device_count()}")
+    head = {"argv": sys.argv[1:], "torch": torch.__version__}
     if c.sweep:
         found = {}
         for axis in c.sweep:
             base = dataclasses.replace(c, length=c.length or 512)
-            found[axis] = {value: measure(dataclasses.replace(base, **{axis: value}), device)["rows"] for value in progress(SWEEPS[axis], f"sweep {axis}")}
+            found[axis] = {value: apart(dataclasses.replace(base, **{axis: value}))["rows"] for value in progress(SWEEPS[axis], f"sweep {axis}")}
             for row in c.rows:
                 print(f"{axis}: {row}\n" + table([{axis: value} | rows[row] for value, rows in found[axis].items()], [axis, "seconds", "peak_mib"]))
-        write_atomic(Path(c.out).with_name(Path(c.out).stem + "-sweep.json"), json.dumps(head | {"sweep": found}, indent=1))
+            write_atomic(Path(c.out).with_name(Path(c.out).stem + "-sweep.json"), json.dumps(head | {"sweep": found}, indent=1))
         return
-    found = measure(c, device)
-    print(f"{c.shape or c.model} · {c.pairs} pairs, {found['tokens']} tokens · {c.dtype} · {c.micro_batch or c.pairs} pairs a pass · {card} · gradients {found['gradients_mib']:.0f} MiB"
+    found = apart(c)
+    print(f"{c.shape or c.model} · {c.pairs} pairs, {found['tokens']} tokens · {c.dtype} · {c.micro_batch or c.pairs} pairs a pass · {found['device']}" + f" x {c.ranks} ranks" * (c.ranks > 1)
+          + f" · gradients {found['gradients_mib']:.0f} MiB"
           + (f" · MFU of a peak of {found['peak_flops'] / 1e12:.0f} TFLOP/s" if found["peak_flops"] else " · no MFU: peak unknown"))
     columns = ["row", "seconds", "spread", "peak_mib", "vs_floor", "vs_trl", "tokens_per_second", "mfu"]
     print(table([{"row": name} | row for name, row in found["rows"].items()], columns if found["peak_flops"] else columns[:-1]))

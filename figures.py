@@ -367,9 +367,9 @@ def sams_figures(groups: list[tuple]):
 
 
 def sweep_figure(file: Path):
-    """bench.py --sweep: seconds and peak memory of a step against sequence length, pairs, and the head's chunk."""
+    """bench.py --sweep: seconds and peak memory of a step against sequence length, pairs, the head's chunk, and ranks."""
     found = json.loads(file.read_text())
-    axes_names = {"length": "Tokens of a sequence", "pairs": "Pairs of a step", "chunk": "Response tokens of a chunk"}
+    axes_names = {"length": "Tokens of a sequence", "pairs": "Pairs of a step", "chunk": "Response tokens of a chunk", "ranks": "Ranks, sharding (FSDP)"}
     figure, axes = panels(2 * len(found["sweep"]), 3.2, 2.6, len(found["sweep"]))
     numbers = []
     for k, (axis, points) in enumerate(found["sweep"].items()):

@@ -1,10 +1,16 @@
 """bench.py: what it measures, and the memory plan's arithmetic."""
+import contextlib
+import dataclasses
 import json
+import random
 import time
+import weakref
 
 import pytest
 import torch
-from conftest import run
+from conftest import refused, run
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import bench
 import common
@@ -97,3 +103,57 @@ def test_the_memory_plan_counts_what_is_there(world):
     found = common.memory_parts(common.lm_shapes(path), c, reference=True, noise=True)
     assert [found[name] for name in ("weights", "gradients", "Adam")] == parts[0]
     assert found["reference"] == parts[0][0] and found["noise head"] == sum(parts[1])
+
+
+def test_a_sweep_over_ranks_measures_each_setting_by_itself(monkeypatch, world, tmp_path):
+    """One rank and two under FSDP, each in processes of its own: 16 pairs keep less on each of two ranks, in every row."""
+    monkeypatch.setattr(bench, "SWEEPS", {"ranks": (1, 2)})
+    run(monkeypatch, bench, "--model", world / "sft", "--length", 256, "--pairs", 16, "--repeats", 1, "--sweep", "ranks", "--rows", "dpo", "sams", "--threads", 1, "--out", tmp_path / "b.json")
+    found = json.loads((tmp_path / "b-sweep.json").read_text())["sweep"]["ranks"]
+    assert list(found) == ["1", "2"]
+    for row in ("dpo", "sams"):
+        one, two = found["1"][row], found["2"][row]
+        assert two["seconds"] > 0 and (not bench.LIBC or 0.4 * one["peak_mib"] < two["peak_mib"] < 0.7 * one["peak_mib"])
+
+
+@pytest.mark.parametrize("flags, line", [(["--rows", "dqo"], "dqo: no such row"), (["--sweep", "width"], "width: no such row or sweep"), (["--ranks", "2"], "several ranks need"), (["--shape", "1b"], "give --length")])
+def test_what_cannot_be_measured_is_one_line(monkeypatch, capsys, world, flags, line):
+    assert line in refused(monkeypatch, capsys, bench, ["--model", world / "sft", "--data", world / "pairs.jsonl", *flags])
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations made and that still exist, and their maximum."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.alive:
+                self.alive[key] = x.untyped_storage().nbytes()
+                weakref.finalize(x.untyped_storage(), self.alive.pop, key, None)
+        self.most = max(self.most, sum(self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", [sams, dnpo])
+def test_the_memory_plan_bounds_what_a_step_makes(method, checkpointing, dtype):
+    """Gradients, copies and activations of one step, tensor by tensor: at most what the plan says, and at least half of it."""
+    shape = LlamaConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=4, vocab_size=4096, tie_word_embeddings=True)
+    lm, noisy = LlamaForCausalLM(shape), dnpo.NoisyReference(LlamaForCausalLM(shape).requires_grad_(False), 0.1)
+    c = method.Config(dtype=dtype, micro_batch=8, batch=8, max_prompt=64, max_response=64, activation_checkpointing=False)
+    rng = random.Random(0)
+    draw = lambda: [rng.randrange(4096) for _ in range(64)]
+    pairs, everything = [(draw(), draw(), draw(), str(i)) for i in range(8)], list(range(8))
+    with bench.activation_checkpointing(lm) if checkpointing else contextlib.nullcontext(), Alive() as memory:
+        if method is sams:
+            sams.descend(sams.PoolingScorer(lm), pairs, torch.zeros(8, 2), everything, c, CPU)
+        else:
+            dnpo.descend(c, "joint", common.Scorer(lm), noisy, pairs, everything, (1, 1), CPU)
+    plan = common.memory_parts(lm, dataclasses.replace(c, activation_checkpointing=checkpointing), reference=method is dnpo, noise=method is dnpo)
+    bound = plan["gradients"] + plan.get("bf16 copies", 0) + plan["activations up to about"] + plan.get("noise head", 0) / 4  # of the head, its gradients alone
+    assert bound / 2 <= memory.most <= bound, memory.most / bound
