@@ -366,20 +366,27 @@ def sams_figures(groups: list[tuple]):
     yield "sams-cost", figure, [{"runs": name, "seconds per update": sum(part[i] for part in seconds.values()), "memory": memory[i][0][0]} for i, name in enumerate(names)]
 
 
-def sweep_figure(file: Path):
-    """bench.py --sweep: seconds and peak memory of a step against sequence length, pairs, the head's chunk, and ranks."""
-    found = json.loads(file.read_text())
-    axes_names = {"length": "Tokens of a sequence", "pairs": "Pairs of a step", "chunk": "Response tokens of a chunk", "ranks": "Ranks, sharding (FSDP)"}
-    figure, axes = panels(2 * len(found["sweep"]), 3.2, 2.6, len(found["sweep"]))
+def sweep_figure(files: list[Path]):
+    """bench.py --sweep: seconds and peak memory of a step against sequence length, pairs, the head's chunk, and ranks, whichever the files have."""
+    from matplotlib.ticker import LogLocator
+    names = {"length": "Tokens of a sequence", "pairs": "Pairs of a step", "chunk": "Response tokens of a chunk", "ranks": "Ranks that share the step (FSDP)"}
+    sweeps = {}
+    for file in files:
+        try:
+            sweeps |= json.loads(file.read_text())["sweep"]
+        except (OSError, ValueError, LookupError):
+            die(f"{file}: no sweep of bench.py")
+    figure, axes = panels(2 * len(sweeps), 3.2, 2.6, len(sweeps), sharey="row")
     numbers = []
-    for k, (axis, points) in enumerate(found["sweep"].items()):
+    for k, (axis, points) in enumerate(sweeps.items()):
         x = [int(value) for value in points]
         for i, row in enumerate(next(iter(points.values()))):
-            for ax, key, name in ((axes[k], "seconds", "Seconds"), (axes[k + len(found["sweep"])], "peak_mib", "Peak memory (MiB)")):
-                values = [rows[row][key] for rows in points.values()]
-                ax.plot(x, values, color=COLORS[i % 8], linestyle=DASHES[i % 6], marker=MARKERS[i % 8], markerfacecolor="white", label=row)
-                ax.set(xscale="log", yscale="log", xlabel=axes_names[axis], ylabel=name if k == 0 else "")
+            for ax, key, name in ((axes[k], "seconds", "Seconds"), (axes[k + len(sweeps)], "peak_mib", "Peak memory (MiB)")):
+                ax.plot(x, [rows[row][key] for rows in points.values()], color=COLORS[i % 8], linestyle=DASHES[i % 6], marker=MARKERS[i % 8], markerfacecolor="white", label=row)
+                ax.set(xscale="log", yscale="log", xlabel=names[axis], ylabel=name if k == 0 else "")
                 ax.set_xticks(x, [str(value) for value in x])
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.set_major_formatter("{x:g}")
                 ax.minorticks_off()
             numbers += [{"axis": axis, "value": value, "row": row, "seconds": rows[row]["seconds"], "peak_mib": rows[row]["peak_mib"]} for value, rows in zip(x, points.values())]
     legend(figure, axes[0])
@@ -396,7 +403,7 @@ def draw(folders: list[str], out: Path):
     runs = [read_run(folder) for folder in folders]
     plt, written = pyplot(), {}
     out.mkdir(parents=True, exist_ok=True)
-    drawn = [sweep_figure(Path(file)) for file in sweeps]
+    drawn = [sweep_figure([Path(file) for file in sweeps])] if sweeps else []
     for method, figures_of in (("dnpo", dnpo_figures), ("tso", tso_figures), ("sams", sams_figures)):
         if some := [run for run in runs if run["method"] == method]:
             drawn.append(figures_of(group_runs(some)))

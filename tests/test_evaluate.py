@@ -19,7 +19,7 @@ import dnpo
 import evaluate
 import sams
 from evaluate import Config, benchmark_command, bootstrap, pair_rewards, settle, shorter_chosen, versus
-from figures import band, by_task, costs, curves, duel, flipped_selected, group_runs, histogram, iteration_values, ks_distance, logp_samples, read_run, spreads
+from figures import band, by_task, costs, curves, duel, flipped_selected, group_runs, histogram, iteration_values, ks_distance, logp_samples, read_run, spreads, sweep_figure
 
 near = functools.partial(pytest.approx, rel=1e-6, abs=1e-9)
 
@@ -440,6 +440,23 @@ def test_tso_figures_plot_the_runs_numbers(tmp_path):
     assert spreads(run) == {"before": [(1.0, -1.0)], "after": [(2.0, -2.0)]}
     plain = read_run(str(made_up(tmp_path / "d", config | {"clip_chosen": math.inf, "clip_rejected": math.inf}, {"slices": [{"round": 0, "slice": 0}]}, metrics)))
     assert [name for name, _, _ in group_runs([run, plain])] == ["dual clip", "DPO"] and spreads(plain) == {}
+
+
+def test_the_sweep_figure_plots_every_axis_of_all_files(tmp_path, capsys):
+    """Seconds in the upper panels and memory in the lower, a column an axis, a line a row; a file without a sweep is one line."""
+    pytest.importorskip("matplotlib")
+    cost = lambda n: {"seconds": float(n), "peak_mib": 100.0 * n}
+    (tmp_path / "a.json").write_text(json.dumps({"sweep": {"length": {"128": {"dpo": cost(1), "sams": cost(3)}, "256": {"dpo": cost(2), "sams": cost(5)}}}}))
+    (tmp_path / "b.json").write_text(json.dumps({"sweep": {"ranks": {"1": {"dpo": cost(7)}, "2": {"dpo": cost(4)}}}}))
+    (tmp_path / "c.json").write_text(json.dumps({"rows": {}}))
+    (name, figure, numbers), = sweep_figure([tmp_path / "a.json", tmp_path / "b.json"])
+    lines = [[(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()] for ax in figure.axes]
+    assert lines[:2] == [[("dpo", [128, 256], [1, 2]), ("sams", [128, 256], [3, 5])], [("dpo", [1, 2], [7, 4])]]
+    assert lines[2:] == [[("dpo", [128, 256], [100, 200]), ("sams", [128, 256], [300, 500])], [("dpo", [1, 2], [700, 400])]]
+    assert len(numbers) == 6 and numbers[2] == {"axis": "length", "value": 128, "row": "sams", "seconds": 3.0, "peak_mib": 300.0}
+    with pytest.raises(SystemExit):
+        list(sweep_figure([tmp_path / "c.json"]))
+    assert "c.json: no sweep of bench.py" in capsys.readouterr().err
 
 
 def test_sams_figures_plot_the_runs_numbers(tmp_path):
