@@ -895,9 +895,9 @@ def metric_line(m: dict, steps: int, seconds_left: float) -> str:
 
 def memory_parts(lm, c, *, reference: bool, noise: bool = False) -> dict[str, float]:
     """Bytes on each rank by arithmetic; lm: the model's shapes. P weights, in fp32: 4P, gradients 4P, Adam 8P, a resident
-    reference 4P, a noise head of V x D with gradients and Adam 16VD, each divided by the ranks that shard it. Activations are an estimate: what a Llama layer keeps of each token,
-    of all layers or, with activation checkpointing, of one and a half (its gradients) beside every layer's input, and four fp32 blocks of logits,
-    with noise eight."""
+    reference 4P (offloaded: 4 for each weight outside the layers), a noise head of V x D with gradients and Adam 16VD, each divided
+    by the ranks that shard it. Activations are an estimate: what a Llama layer keeps of each token, of all layers or, with activation
+    checkpointing, of one and a half (its gradients) beside every layer's input, and four fp32 blocks of logits, with noise eight."""
     world = ranks()[1]
     shards = {"fsdp": world, "hsdp": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}.get(c.parallel, 1) if dist.is_initialized() else 1
     config, number = lm.config, 2 if c.dtype == "bfloat16" else 4
@@ -911,7 +911,7 @@ def memory_parts(lm, c, *, reference: bool, noise: bool = False) -> dict[str, fl
     elif number == 2:
         parts["bf16 copies"] = 2 * (V * D + (P - V * D) / L if c.activation_checkpointing else P)
     if reference:
-        parts["reference"] = 4 * P / shards
+        parts["reference"] = 4 * (P - sum(p.numel() for p in lm.model.layers.parameters()) * c.offload_reference) / shards
     if noise:
         parts["noise head"] = 16 * V * (D + 1) / shards
     parts["activations up to about"] = kept + (8 if noise else 4) * 4 * V * min(CHUNK, 2 * micro * c.max_response)

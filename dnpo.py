@@ -46,7 +46,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -184,6 +184,7 @@ class Config:
     # system
     preset: Literal["toy", "paper"] = "paper"  # all other defaults; unset: paper under CUDA, else toy
     parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "fsdp"  # under torchrun: replicate the model, shard it, or shard it inside a node and replicate across
+    offload_reference: bool = False  # under fsdp or hsdp: the reference's layers wait in CPU memory; slower
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights and optimizer stay in float32
     activation_checkpointing: bool = True  # recompute activations in the backward pass
     sample_batch: int = 64  # answers sampled or scored at a time
@@ -203,6 +204,8 @@ class Config:
         for name in ("limit", "max_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
+        if self.offload_reference and ("RANK" not in os.environ or self.parallel not in ("fsdp", "hsdp")):
+            raise ValueError("--offload_reference needs torchrun (one rank will do) and --parallel fsdp or hsdp")
         if self.judge == "none" and self.labels == "judge":
             raise ValueError("--labels judge needs a judge; with --judge none use --labels annotation")
 
@@ -234,9 +237,9 @@ def setup(c) -> torch.device:
 
 
 # --- same in dnpo.py, tso.py, sams.py: shard ---
-def shard(wrap, path: str, c, device) -> nn.Module:
+def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     """wrap(lm) -> a Scorer in float32, ready for the loop: activation checkpointing, then DDP, FSDP2 (hsdp: sharded inside a node, replicated across) or one device.
-    Under FSDP no rank but the first ever holds the whole model, and that one on the CPU."""
+    Under FSDP no rank but the first ever holds the whole model, and that one on the CPU. offload: the layers may be moved to the CPU; each then comes back for its forward pass."""
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
     trained = any(p.requires_grad for p in module.parameters())
@@ -250,7 +253,7 @@ def shard(wrap, path: str, c, device) -> nn.Module:
     if c.parallel == "hsdp":
         own["mesh"] = node_mesh(device.type)
     for layer in module.lm.model.layers:
-        fully_shard(layer, **own)
+        fully_shard(layer, **own, offload_policy=CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy())
     fully_shard(module, **own)  # the root holds embedding and head together: they may be tied
     return fill(module, full, device)
 
@@ -341,7 +344,7 @@ def descend(c, update: str, policy: nn.Module, reference: nn.Module, pairs: list
 def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, device, noise: bool):
     """pi_{k+1} from pi_k on one iteration's pairs, into folder/checkpoint; training states in folder/state.pt, lines in metrics.jsonl."""
     policy = shard(Scorer, start, c, device)
-    reference = shard(lambda lm: NoisyReference(lm, c.noise_init if noise else None), start, c, device)
+    reference = shard(lambda lm: NoisyReference(lm, c.noise_init if noise else None), start, c, device, c.offload_reference)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
     parts = {"policy": (policy, optimizer)}
     if noise:
@@ -351,6 +354,8 @@ def train(c, iteration: int, pairs: list[tuple], start: str, folder: Path, tok, 
     sizes = [sum(map(len, pair[:3])) for pair in pairs] if c.sort_by_length else None
     steps, state, metrics = step_order(len(pairs), c, c.seed, "order", iteration, sizes=sizes), folder / "state.pt", folder.parent / "metrics.jsonl"
     first = load_state(state, parts)["step"] if state.exists() else 0
+    if c.offload_reference:
+        reference.lm.model.layers.cpu()  # after load_state, which wants all of a module on one device
     if ranks()[0] == 0:
         truncate_metrics(metrics, lambda m: (m["iteration"], m["step"]) <= (iteration, first))
     barrier()
@@ -463,7 +468,7 @@ def main():
         show_plan(c, tok, train_rows, test_rows, dropped, device)
     if c.dry_run:
         return
-    out, started = open_run(c, [c.data, c.test], may_change=("out", "resume", "overwrite", "iterations", "parallel", "micro_batch", "save_every")), time.time()
+    out, started = open_run(c, [c.data, c.test], may_change=("out", "resume", "overwrite", "iterations", "parallel", "offload_reference", "micro_batch", "save_every")), time.time()
 
     sampling = dict(temperature=c.temperature, max_new_tokens=c.max_response, batch=c.sample_batch, dtype=getattr(torch, c.dtype), device=device)
     model, previous, results = c.model, [], []

@@ -50,7 +50,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -338,9 +338,9 @@ def setup(c) -> torch.device:
 
 
 # --- same in dnpo.py, tso.py, sams.py: shard ---
-def shard(wrap, path: str, c, device) -> nn.Module:
+def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     """wrap(lm) -> a Scorer in float32, ready for the loop: activation checkpointing, then DDP, FSDP2 (hsdp: sharded inside a node, replicated across) or one device.
-    Under FSDP no rank but the first ever holds the whole model, and that one on the CPU."""
+    Under FSDP no rank but the first ever holds the whole model, and that one on the CPU. offload: the layers may be moved to the CPU; each then comes back for its forward pass."""
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
     trained = any(p.requires_grad for p in module.parameters())
@@ -354,7 +354,7 @@ def shard(wrap, path: str, c, device) -> nn.Module:
     if c.parallel == "hsdp":
         own["mesh"] = node_mesh(device.type)
     for layer in module.lm.model.layers:
-        fully_shard(layer, **own)
+        fully_shard(layer, **own, offload_policy=CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy())
     fully_shard(module, **own)  # the root holds embedding and head together: they may be tied
     return fill(module, full, device)
 

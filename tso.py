@@ -50,7 +50,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -156,6 +156,7 @@ class Config:
     # system
     preset: Literal["toy", "paper"] = "paper"  # all other defaults; unset: paper under CUDA, else toy
     parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "fsdp"  # under torchrun: replicate the model, shard it, or shard it inside a node and replicate across
+    offload_reference: bool = False  # under fsdp or hsdp: the reference's layers wait in CPU memory; slower
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights and optimizer stay in float32
     activation_checkpointing: bool = True  # recompute activations in the backward pass
     sample_batch: int = 64  # answers sampled or judged at a time
@@ -179,6 +180,8 @@ class Config:
         for name, cells in CELLS.items():
             if not set(getattr(self, name)) <= set(cells) or not getattr(self, name):
                 raise ValueError(f"--{name} {' '.join(getattr(self, name))}: expected some of {', '.join(cells)}")
+        if self.offload_reference and ("RANK" not in os.environ or self.parallel not in ("fsdp", "hsdp")):
+            raise ValueError("--offload_reference needs torchrun (one rank will do) and --parallel fsdp or hsdp")
         if self.correct and self.judge == "none" and not self.verdicts and not self.export_pairs:
             raise ValueError("--judge none can't correct: use --no-correct, or --verdicts")
 
@@ -210,9 +213,9 @@ def setup(c) -> torch.device:
 
 
 # --- same in dnpo.py, tso.py, sams.py: shard ---
-def shard(wrap, path: str, c, device) -> nn.Module:
+def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     """wrap(lm) -> a Scorer in float32, ready for the loop: activation checkpointing, then DDP, FSDP2 (hsdp: sharded inside a node, replicated across) or one device.
-    Under FSDP no rank but the first ever holds the whole model, and that one on the CPU."""
+    Under FSDP no rank but the first ever holds the whole model, and that one on the CPU. offload: the layers may be moved to the CPU; each then comes back for its forward pass."""
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
     trained = any(p.requires_grad for p in module.parameters())
@@ -226,7 +229,7 @@ def shard(wrap, path: str, c, device) -> nn.Module:
     if c.parallel == "hsdp":
         own["mesh"] = node_mesh(device.type)
     for layer in module.lm.model.layers:
-        fully_shard(layer, **own)
+        fully_shard(layer, **own, offload_policy=CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy())
     fully_shard(module, **own)  # the root holds embedding and head together: they may be tied
     return fill(module, full, device)
 
@@ -416,11 +419,13 @@ def descend(c, policy: nn.Module, reference: nn.Module, pairs: list[tuple], indi
 def train(c, number: int, where: str, pairs: list[tuple], start: str, folder: Path, tok, device):
     """The policy from `start`, which is also the reference, on one slice's pairs, into folder/checkpoint; training states in folder/state.pt, lines in metrics.jsonl."""
     policy = shard(Scorer, start, c, device)
-    reference = shard(lambda lm: Scorer(lm.requires_grad_(False)), start, c, device)
+    reference = shard(lambda lm: Scorer(lm.requires_grad_(False)), start, c, device, c.offload_reference)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
     sizes = [sum(map(len, pair[:3])) for pair in pairs] if c.sort_by_length else None
     steps, state, metrics, parts = step_order(len(pairs), c, c.seed, "order", where, sizes=sizes), folder / "state.pt", folder.parent / "metrics.jsonl", {"policy": (policy, optimizer)}
     first = load_state(state, parts)["step"] if state.exists() else 0
+    if c.offload_reference:
+        reference.lm.model.layers.cpu()  # after load_state, which wants all of a module on one device
     if ranks()[0] == 0:
         truncate_metrics(metrics, lambda m: (m["iteration"], m["step"]) <= (number, first))
     barrier()
@@ -543,7 +548,7 @@ def main():
         show_plan(c, tok, parts, test_rows, dropped, device)
     if c.dry_run:
         return
-    free = ("out", "resume", "overwrite", "parallel", "micro_batch", "save_every", "verdicts", "export_pairs", "rounds")
+    free = ("out", "resume", "overwrite", "parallel", "offload_reference", "micro_batch", "save_every", "verdicts", "export_pairs", "rounds")
     out, started = open_run(c, [c.data, c.test, c.verdicts], may_change=free), time.time()
     sampling = dict(temperature=c.temperature, max_new_tokens=c.max_response, batch=c.sample_batch, dtype=getattr(torch, c.dtype), device=device)
 

@@ -87,8 +87,8 @@ def test_the_table_is_written(monkeypatch, world, tmp_path, capsys):
     assert "no MFU: peak unknown" in capsys.readouterr().out
 
 
-def test_the_memory_plan_counts_what_is_there(world):
-    """Weights, gradients, Adam, reference and noise head in bytes, against tensors that exist."""
+def test_the_memory_plan_counts_what_is_there(monkeypatch, world):
+    """Weights, gradients, Adam, reference (whole, and its layers offloaded) and noise head in bytes, against tensors that exist."""
     path = str(world / "sft")
     lm, noisy = common.load_lm(path, torch.float32, CPU), dnpo.NoisyReference(common.load_lm(path, torch.float32, CPU), 0.1)
     parts = []
@@ -103,6 +103,9 @@ def test_the_memory_plan_counts_what_is_there(world):
     found = common.memory_parts(common.lm_shapes(path), c, reference=True, noise=True)
     assert [found[name] for name in ("weights", "gradients", "Adam")] == parts[0]
     assert found["reference"] == parts[0][0] and found["noise head"] == sum(parts[1])
+    monkeypatch.setenv("RANK", "0")
+    found = common.memory_parts(common.lm_shapes(path), dnpo.Config(offload_reference=True), reference=True)
+    assert found["reference"] == sum(p.nbytes for name, p in lm.named_parameters() if ".layers." not in name)
 
 
 def test_a_sweep_over_ranks_measures_each_setting_by_itself(monkeypatch, world, tmp_path):

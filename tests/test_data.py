@@ -288,7 +288,8 @@ def has(line, *words):
     ("--lr -1", "--lr|above 0|-1"), ("--lr nan", "--lr|nan"),
     ("--beta 0", "--beta|above 0"), ("--batch -8", "--batch|-8"), ("--noise_init -0.1", "--noise_init|-0.1"), ("--iterations -1", "--iterations|-1"),
     ("--temperature -1", "--temperature|-1"), ("--noise-penalty -2", "--noise_penalty|-2"), ("--limit -5", "--limit|-5"), ("--limit 0", "--limit|above 0"),
-    ("--max_steps -1", "--max_steps|-1"), ("--max_steps 0", "--max_steps|0"), ("--labels judge --judge none", "--labels|--judge none")])
+    ("--max_steps -1", "--max_steps|-1"), ("--max_steps 0", "--max_steps|0"), ("--labels judge --judge none", "--labels|--judge none"),
+    ("--parallel fsdp --offload_reference", "--offload_reference|torchrun")])
 def test_a_wrong_flag_is_named(flags, words, refused, bare, tmp_path):
     """Unknown, abbreviated, mistyped, out of range or contradictory: one line that names the flag and the value."""
     has(refused(dnpo, *dnpo_flags(bare, out=tmp_path / "out"), *flags.split()), *words.split("|"))

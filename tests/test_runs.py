@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, assert_close, dnpo_flags, forked, lines, metrics, results, run, script, weights
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 import common
 import dnpo
 import generate
+import tso
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +62,11 @@ for dies, flags in json.loads(sys.argv[2]):
 @pytest.fixture(scope="module")
 def two(flags, tmp_path_factory):
     """The same on two ranks, several times under one torchrun, whose start takes longer than a run: `replicated`, `sharded`, and `resumed`, a sharded
-    run that died after the first step with noise and went on; `one/resumed` is what it left behind."""
+    run that died after the first step with noise and went on with the reference offloaded; `one/resumed` is what it left behind."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "two.py").write_text(TWO_RANKS)
     runs = [(False, flags("replicated", parallel="ddp", micro_batch=4)), (False, flags("sharded", parallel="fsdp", micro_batch=4)),
-            (True, flags("resumed", parallel="fsdp", micro_batch=4)), (False, [*flags("resumed", parallel="fsdp", micro_batch=4), "--resume"]),
+            (True, flags("resumed", parallel="fsdp", micro_batch=4)), (False, [*flags("resumed", parallel="fsdp", micro_batch=4), "--resume", "--offload_reference"]),
             *((False, flags(f"alternating-{way}", parallel=way, micro_batch=4, activation_checkpointing=True, **ALTERNATING)) for way in ("ddp", "fsdp"))]
     done = script(str(folder / "two.py"), ROOT, json.dumps(runs, default=str), cwd=folder, ranks=2)
     assert done.returncode == 0, done.stderr
@@ -91,6 +94,25 @@ def test_alternating_updates_are_the_same_on_two_ranks_too(two, flags):
         for a, b in zip(metrics(two / "alternating"), metrics(two / f"alternating-{way}"), strict=True):
             assert b == pytest.approx(a, rel=1e-3, abs=1e-4)
         assert_close(weights(two / "alternating/iter1/checkpoint"), weights(two / f"alternating-{way}/iter1/checkpoint"), atol=1e-4)
+
+
+@pytest.mark.parametrize("module, wrap", [(dnpo, lambda lm: dnpo.NoisyReference(lm, 0.1)), (tso, common.Scorer)])
+def test_the_layers_of_an_offloaded_reference_may_leave_the_device(monkeypatch, world, module, wrap):
+    """Every layer, and nothing else, is given FSDP's offloading (which fails on a GPU unless the layer is on the CPU); the log-probs are those of a model that isn't sharded."""
+    kept, fully_shard = {}, module.fully_shard
+    monkeypatch.setattr(module, "fully_shard", lambda part, **more: kept.update({part: more.get("offload_policy")}) or fully_shard(part, **more))
+    ids, mask = torch.randint(1, 20, (4, 12)), torch.ones(4, 12, dtype=torch.bool)
+    more = ([7, 8],) if module is dnpo else ()
+    c = module.Config(parallel="fsdp", dtype="float32", activation_checkpointing=False)
+    plain = module.shard(wrap, str(world / "sft"), c, torch.device("cpu"))(ids, mask, *more)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = module.shard(wrap, str(world / "sft"), c, torch.device("cpu"), True)
+        found.lm.model.layers.cpu()
+        assert [part for part, policy in kept.items() if isinstance(policy, CPUOffloadPolicy)] == list(found.lm.model.layers) and list(kept)[-1] is found
+        torch.testing.assert_close(found(ids, mask, *more), plain, atol=1e-5, rtol=0)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_none_under_torchrun_is_refused(monkeypatch, flags, tmp_path, capsys):

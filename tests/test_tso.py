@@ -610,8 +610,8 @@ def test_a_killed_run_ends_with_the_same_results(plain, world, tmp_path, kill):
 
 
 def test_two_ranks_sample_and_learn_what_one_does(plain, world, tmp_path):
-    """DDP and FSDP on two ranks: the same candidates and pairs to the byte in both slices, the same metrics and weights."""
-    together(tso, tmp_path, 2, [(2, False, tso_flags(world, out=way, **PLAIN, parallel=way, save_every=50, n_scores=0)) for way in ("ddp", "fsdp")])
+    """DDP and FSDP (its reference offloaded) on two ranks: the same candidates and pairs to the byte in both slices, the same metrics and weights."""
+    together(tso, tmp_path, 2, [(2, False, tso_flags(world, out=way, **PLAIN, parallel=way, offload_reference=way == "fsdp", save_every=50, n_scores=0)) for way in ("ddp", "fsdp")])
     for way in ("ddp", "fsdp"):
         for m in (1, 2):
             files = [f"round1-slice{m}/{name}.jsonl" for name in ("candidates-current", "candidates-older0", "candidates-smaller0", "judged", "pairs", "answers")]
