@@ -20,9 +20,8 @@ import sams
 CPU = torch.device("cpu")
 
 
-@pytest.mark.skipif(not bench.LIBC, reason="the resident set's peak is read from Linux's /proc; elsewhere bench.py reports none")
 def test_peak_is_the_growth_over_what_was_there():
-    """A step that holds 96 MiB and frees 64 of them on the way peaks at 96, whatever was allocated before; reading the clock is right too."""
+    """A step that holds 96 MiB and frees 64 of them on the way peaks at 96, whatever was allocated before (None but on Linux, whose /proc tells); reading the clock is right too."""
     module, kept = torch.nn.Linear(1, 1), torch.ones(32 * 2**18)
     bench.keep_freed_blocks(False)
 
@@ -31,7 +30,7 @@ def test_peak_is_the_growth_over_what_was_there():
         b = torch.ones(32 * 2**18)
         del a
         return b, torch.ones(16 * 2**18)
-    assert bench.peak(step, [module], CPU) == pytest.approx(96, abs=8) and kept[0] == 1
+    assert bench.peak(step, [module], CPU) == (pytest.approx(96, abs=8) if bench.LIBC else None) and kept[0] == 1
     assert 0.05 <= bench.seconds(lambda: time.sleep(0.05), [module], CPU) < 0.5
 
 

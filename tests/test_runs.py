@@ -96,23 +96,33 @@ def test_alternating_updates_are_the_same_on_two_ranks_too(two, flags):
         assert_close(weights(two / "alternating/iter1/checkpoint"), weights(two / f"alternating-{way}/iter1/checkpoint"), atol=1e-4)
 
 
-@pytest.mark.parametrize("module, wrap", [(dnpo, lambda lm: dnpo.NoisyReference(lm, 0.1)), (tso, common.Scorer)])
-def test_the_layers_of_an_offloaded_reference_may_leave_the_device(monkeypatch, world, module, wrap):
-    """Every layer, and nothing else, is given FSDP's offloading (which fails on a GPU unless the layer is on the CPU); the log-probs are those of a model that isn't sharded."""
-    kept, fully_shard = {}, module.fully_shard
-    monkeypatch.setattr(module, "fully_shard", lambda part, **more: kept.update({part: more.get("offload_policy")}) or fully_shard(part, **more))
-    ids, mask = torch.randint(1, 20, (4, 12)), torch.ones(4, 12, dtype=torch.bool)
-    more = ([7, 8],) if module is dnpo else ()
-    c = module.Config(parallel="fsdp", dtype="float32", activation_checkpointing=False)
-    plain = module.shard(wrap, str(world / "sft"), c, torch.device("cpu"))(ids, mask, *more)
+class Left(Exception):
+    pass
+
+
+@pytest.mark.parametrize("module, where, noise", [(dnpo, (1,), (True,)), (tso, (1, "1.1"), ())])
+def test_an_offloaded_reference_leaves_the_device(monkeypatch, world, tmp_path, module, where, noise):
+    """The reference's layers, and no other part of it or of the policy, get FSDP's offloading and go to the CPU, once the state is loaded: torch loads only what is on one device."""
+    given, happened, fully_shard = {}, [], module.fully_shard
+
+    def leave(layers):
+        happened.append(list(layers))
+        raise Left
+    monkeypatch.setattr(module, "fully_shard", lambda part, **how: given.update({part: how.get("offload_policy")}) or fully_shard(part, **how))
+    monkeypatch.setattr(module, "load_state", lambda path, parts: happened.append("loaded") or {"step": 0})
+    monkeypatch.setattr(torch.nn.ModuleList, "cpu", leave)
+    monkeypatch.setenv("RANK", "0")
+    (tmp_path / "state.pt").touch()
+    c = module.Config(parallel="fsdp", offload_reference=True, batch=4, dtype="float32")
+    pairs = [([1, 2], [3, 4], [5], str(i)) for i in range(4)]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        found = module.shard(wrap, str(world / "sft"), c, torch.device("cpu"), True)
-        found.lm.model.layers.cpu()
-        assert [part for part, policy in kept.items() if isinstance(policy, CPUOffloadPolicy)] == list(found.lm.model.layers) and list(kept)[-1] is found
-        torch.testing.assert_close(found(ids, mask, *more), plain, atol=1e-5, rtol=0)
+        with pytest.raises(Left):
+            module.train(c, *where, pairs, str(world / "sft"), tmp_path, None, torch.device("cpu"), *noise)
     finally:
         dist.destroy_process_group()
+    offloaded = [part for part, policy in given.items() if isinstance(policy, CPUOffloadPolicy)]
+    assert happened == ["loaded", offloaded] and len(offloaded) * 2 + 2 == len(given) and not any(p.requires_grad for part in offloaded for p in part.parameters())
 
 
 def test_none_under_torchrun_is_refused(monkeypatch, flags, tmp_path, capsys):
