@@ -1,9 +1,10 @@
-"""Time and peak memory of one optimisation step's forward and backward passes, for each method, beside a floor and (--vs trl) TRL's DPOTrainer.
+"""Time and peak memory of one optimisation step's forward and backward passes, for each method,
+beside a floor and (--vs trl) TRL's DPOTrainer.
 
     python bench.py --model DIR --data pairs.jsonl            # a table, and bench.json
     python bench.py --model DIR --data pairs.jsonl --vs trl   # pip install trl
-    python bench.py --shape 1b --length 1024                  # random weights and pairs: nothing to download
-    python bench.py --model DIR --ranks 2                     # one step over two processes under FSDP
+    python bench.py --shape 1b --length 1024        # random weights and pairs: nothing to download
+    python bench.py --model DIR --ranks 2           # one step over two processes under FSDP
     python bench.py --sweep length pairs chunk ranks          # how cost grows, as bench-sweep.json
 
 floor    the backbone forward and backward on the same real tokens: no padding, no head, no loss
@@ -11,18 +12,22 @@ dpo      our loop, reference log-probs at hand; dpo+ac: with activation checkpoi
 sams     scoring, the selector at work with a full replay, training on the half that it picks
 tso      the dual-clip loss with a resident reference: DPO where the reference is not precomputed
 dnpo     the joint update: resident reference with noise head
-trl      DPOTrainer's loss, reference log-probs at hand, its head and metrics included; trl+ac: with its gradient checkpointing
+trl      DPOTrainer's loss, reference log-probs at hand, its head and metrics included; trl+ac: with
+         its gradient checkpointing
 
-All rows in one process on the same pairs, medians of interleaved repeats. Memory is the growth over weights and optimizer, gradients included: the CUDA allocator's peak on a
-GPU, the resident set's on a CPU (Linux; a pass of its own, in which glibc gives freed blocks back), of the rank that needs most. The optimizer's step is left out: it is the
-same in every row. MFU = model FLOPs / (seconds x ranks x peak), model FLOPs = (6 N + 6 L D T) per token: N weights without the embedding, causal attention, no credit for recomputing or for scoring.
+All rows in one process on the same pairs, medians of interleaved repeats. Memory is the growth over
+weights and optimizer, gradients included: the CUDA allocator's peak on a GPU, the resident set's on
+a CPU (Linux; a pass of its own, in which glibc gives freed blocks back), of the rank that needs
+most. The optimizer's step is left out: it is the same in every row. MFU = model FLOPs / (seconds x
+ranks x peak), model FLOPs = (6 N + 6 L D T) per token: N weights without the embedding, causal
+attention, no credit for recomputing or for scoring.
 """
+
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import json
 import multiprocessing
 import random
@@ -30,24 +35,53 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import common
+import datafiles
 import dnpo
+import job
 import sams
 import tso
-from common import Scorer, die, encode_pairs, load_lm, load_rows, load_tokenizer, parse, progress, table, write_atomic
+from common import Pair, Scorer
 
-SHAPES = {"1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
-          "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)}
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+}
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+SHAPES = {"1b": LLAMA_1B, "8b": LLAMA_8B}
+ROWS = ["floor", "dpo", "dpo+ac", "sams", "tso", "dnpo"]
+ROWS_OF_RANKS = ["dpo", "dpo+ac", "sams"]  # that several ranks can share
+SWEEPS = {
+    "length": (128, 256, 512, 1024, 2048),
+    "pairs": (1, 2, 4, 8),
+    "chunk": (64, 256, 1024, 4096),
+    "ranks": (1, 2, 4),
+}
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, from the data sheets
 LIBC = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
 
@@ -55,10 +89,14 @@ LIBC = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
 @dataclass(frozen=True)
 class Config:
     model: str = "runs/toy/sft"  # model folder or Hub id
-    shape: Literal["1b", "8b"] | None = None  # instead of --model: random weights in Llama-3's shape of this size
+    # instead of --model: random weights in Llama-3's shape of this size
+    shape: Literal["1b", "8b"] | None = None
     data: str = "runs/toy/pairs.jsonl"  # preference pairs, as for sams.py
-    length: int | None = None  # instead of --data: pairs of random tokens, LENGTH a sequence, a quarter of it prompt
-    pairs: int = 4  # pairs of a step: the longest of --data that fit, so that they are of one length and any half of them is half of the work
+    # instead of --data: pairs of random tokens, LENGTH a sequence, a quarter of it prompt
+    length: int | None = None
+    # pairs of a step: the longest of --data that fit, so that they are of one length and any half
+    # of them is half of the work
+    pairs: int = 4
     max_prompt: int = 256  # tokens of a prompt at most
     max_response: int = 256  # tokens of a response at most
     micro_batch: int | None = None  # pairs per forward pass (default: all)
@@ -66,38 +104,52 @@ class Config:
     ratio: float = 0.5  # share that SamS trains on
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
     vs: Literal["trl"] | None = None  # measure it too
-    rows: list[str] = dataclasses.field(default_factory=lambda: ["floor", "dpo", "dpo+ac", "sams", "tso", "dnpo"])  # rows to measure
+    rows: list[str] = dataclasses.field(default_factory=ROWS.copy)  # rows to measure
     repeats: int = 5  # rounds over all rows
     threads: int | None = None  # CPU threads of a rank (default: torch's)
     ranks: int = 1  # processes that share the step, under FSDP: rows dpo, dpo+ac, sams
-    sweep: list[str] = dataclasses.field(default_factory=list)  # how cost grows with: length, pairs, chunk, ranks
+    # how cost grows with: length, pairs, chunk, ranks
+    sweep: list[str] = dataclasses.field(default_factory=list)
     out: str = "bench.json"  # where the numbers go
 
 
-# ---------------------------------------------------------------- measuring
+# ---------------------------------------------------------------- time and memory of a step
 
 
 @contextlib.contextmanager
 def activation_checkpointing(lm):
+    """Inside, every layer of the model is recomputed in the backward pass."""
     for layer in lm.model.layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     yield
     for layer in lm.model.layers:
         del layer.forward
 
 
 def keep_freed_blocks(keep: bool):
-    """glibc: freed blocks stay with the process, as with a caching allocator, or go back at once, so that the resident set is what is in use."""
-    if LIBC:
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            LIBC.mallopt(option, 2**30 if keep else 2**16)
-        LIBC.malloc_trim(0)
+    """Tells glibc whether freed blocks stay with the process or go back to the system at once.
+
+    Staying is what a caching allocator does. When they go back, the resident set is what is in use.
+    """
+    if not LIBC:
+        return
+    threshold = 2**30 if keep else 2**16
+    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        LIBC.mallopt(option, threshold)
+    LIBC.malloc_trim(0)
 
 
-def peak(step, modules, device) -> float | None:
-    """MiB by which one step's peak exceeds what is there before it."""
+def clear_gradients(modules: list[nn.Module]):
     for module in modules:
         module.zero_grad(set_to_none=True)
+
+
+def peak(step: Callable, modules: list[nn.Module], device) -> float | None:
+    """The MiB by which a step's peak exceeds what is there before it, None where nothing tells.
+
+    modules: those that the step makes gradients for.
+    """
+    clear_gradients(modules)
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -106,17 +158,25 @@ def peak(step, modules, device) -> float | None:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     if not LIBC:
         return None
+
     LIBC.malloc_trim(0)
-    read = lambda name: next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
-    before = read("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is again what is resident now
+    before = resident_kib("VmRSS")
     step()
-    return (read("VmHWM") - before) / 2**10
+    return (resident_kib("VmHWM") - before) / 2**10
 
 
-def seconds(step, modules, device) -> float:
-    for module in modules:
-        module.zero_grad(set_to_none=True)
+def resident_kib(name: str) -> int:
+    """KiB of this process that are resident now ("VmRSS"), or were at the most ("VmHWM")."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1])
+    raise ValueError(f"/proc/self/status has no {name}")
+
+
+def seconds(step: Callable, modules: list[nn.Module], device) -> float:
+    """The seconds that a step takes. modules: those that it makes gradients for."""
+    clear_gradients(modules)
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -126,109 +186,231 @@ def seconds(step, modules, device) -> float:
     return time.perf_counter() - started
 
 
+# ---------------------------------------------------------------- models and pairs
+
+
+class Loaded(NamedTuple):
+    """What a benchmark is made from."""
+
+    lm: nn.Module | None  # the policy, None where it is to be sharded from its folder
+    reference: nn.Module | None  # another one with the same weights, if a row needs it
+    pairs: list[Pair]
+    tok: object  # None with --shape
+
+
+def load(c, device) -> Loaded:
+    """Loads models and pairs, or makes random ones."""
+    if c.shape:
+        from transformers import LlamaConfig
+
+        tok = None
+        config = LlamaConfig(**SHAPES[c.shape], max_position_embeddings=8192)
+        torch.manual_seed(0)
+        make_lm = partial(random_lm, config, device)
+    else:
+        tok, config = common.load_tokenizer(c.model)
+        make_lm = partial(common.load_lm, c.model, torch.float32, device)
+
+    lm = make_lm() if c.ranks == 1 else None
+    if c.length:
+        pairs = random_pairs(c.pairs, c.length, config.vocab_size)
+    else:
+        pairs = longest_pairs(c, tok)
+
+    reference = None
+    if "dnpo" in c.rows or "tso" in c.rows:
+        reference = make_lm()
+        reference.load_state_dict(lm.state_dict())
+        reference.requires_grad_(False)
+    return Loaded(lm, reference, pairs, tok)
+
+
+def random_lm(config, device) -> nn.Module:
+    """A model with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def random_pairs(n: int, length: int, vocabulary: int) -> list[Pair]:
+    """n pairs of random tokens, `length` of them in each sequence, a quarter of it prompt."""
+    rng = random.Random(0)
+
+    def draw(tokens: int) -> list[int]:
+        return [rng.randrange(10, vocabulary) for _ in range(tokens)]
+
+    of_prompt = length // 4
+    of_response = length - of_prompt
+    pairs = []
+    for i in range(n):
+        prompt = draw(of_prompt)
+        chosen = draw(of_response)
+        rejected = draw(of_response)
+        pairs.append(Pair(prompt, chosen, rejected, str(i)))
+    return pairs
+
+
+def longest_pairs(c, tok) -> list[Pair]:
+    """The longest pairs of --data that fit, the longest first."""
+    rows, _ = datafiles.load_rows(c.data, "pair")
+    pairs, _ = common.encode_pairs(tok, rows, c.max_prompt, c.max_response)
+    pairs.sort(key=lambda pair: -pair.tokens)
+    if len(pairs) < c.pairs:
+        job.die(f"{c.data}: {len(pairs)} pairs fit, --pairs {c.pairs} asked for")
+    return pairs[: c.pairs]
+
+
+def move_away(lm):
+    """Moves the weights by 2 % of their spread: at the reference, every margin would be 0."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in lm.parameters():
+            if p.dim() <= 1:
+                continue
+            if isinstance(p, DTensor):
+                p = p.to_local()
+            p.add_(torch.randn_like(p) * p.std() * 0.02)
+
+
 # ---------------------------------------------------------------- the rows
 
 
-def load(c, device) -> tuple[torch.nn.Module, torch.nn.Module | None, list[tuple], object]:
-    """Policy (None if make_steps is to shard it), the same as reference if a row needs it, pairs, tokenizer."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-    tok = None
-    if c.shape:
-        config = LlamaConfig(**SHAPES[c.shape], max_position_embeddings=8192)
-        torch.manual_seed(0)
-        with device:
-            make = lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-            lm = make()
-    else:
-        tok, config = load_tokenizer(c.model)
-        lm = load_lm(c.model, torch.float32, device) if c.ranks == 1 else None
-    if c.length:
-        rng = random.Random(0)
-        draw = lambda n: [rng.randrange(10, config.vocab_size) for _ in range(n)]
-        pairs = [(draw(c.length // 4), draw(c.length - c.length // 4), draw(c.length - c.length // 4), str(i)) for i in range(c.pairs)]
-    else:
-        pairs, _ = encode_pairs(tok, load_rows(c.data, "pair")[0], c.max_prompt, c.max_response)
-        pairs = sorted(pairs, key=lambda pair: -sum(map(len, pair[:3])))[:c.pairs]
-        if len(pairs) < c.pairs:
-            die(f"{c.data}: {len(pairs)} pairs fit, --pairs {c.pairs} asked for")
-    reference = None
-    if {"dnpo", "tso"} & set(c.rows):
-        reference = make() if c.shape else load_lm(c.model, torch.float32, device)
-        reference.load_state_dict(lm.state_dict())
-        reference.requires_grad_(False)
-    return lm, reference, pairs, tok
+class Work(NamedTuple):
+    """What the rows work on: a policy, and the pairs of one step, all of one batch."""
+
+    how: sams.Config
+    policy: nn.Module  # a PoolingScorer, perhaps sharded
+    data: sams.Data
+    everything: list[int]  # the indices of all pairs
+    device: torch.device
 
 
-def make_steps(c, lm, reference, pairs, tok, device) -> tuple[dict, list]:
-    """{row: a function that does one forward and backward pass}, and the modules whose gradients it makes."""
-    n, everything = len(pairs), list(range(len(pairs)))
-    same = dict(dtype=c.dtype, micro_batch=c.micro_batch or n, batch=n, beta=0.1, activation_checkpointing=False)
-    how = sams.Config(**same, ratio=c.ratio, context="both")
-    policy = sams.PoolingScorer(lm) if lm else sams.shard(sams.PoolingScorer, c.model, how, device)
-    lm, modules = policy.lm, [policy]
-    ref, _ = sams.score(policy, pairs, everything, how, device)
-    torch.manual_seed(1)
-    with torch.no_grad():  # 2 % away from the reference, or every margin would be 0
-        for p in lm.parameters():
-            if p.dim() > 1:
-                p = p.to_local() if isinstance(p, DTensor) else p
-                p.add_(torch.randn_like(p) * p.std() * 0.02)
-    real = [token for p, y in sams.both_sides(pairs, everything) for token in p + y]
-    real = torch.tensor(real[:len(real) // (2 * n) * 2 * n], device=device).view(2 * n, -1)  # as many sequences as in the other rows, none padded
-
-    def floor():
-        for ids in real.split(2 * how.micro_batch):
-            with sams.autocast(how, device, policy):
-                lm.model(input_ids=ids, use_cache=False).last_hidden_state.float().mean().backward()
-
-    def dpo():
-        return sams.descend(policy, pairs, ref, everything, how, device)["loss"]
-
-    def dpo_checkpointed():
-        with activation_checkpointing(lm):
-            dpo()
-    bandit = sams.Bandit(len(lm.model.layers), 2 * lm.config.hidden_size, how, device)
-
-    def choose():
-        logps, contexts = sams.score(policy, pairs, everything, how, device, how.context)
-        return sams.pick(how, "topk", everything, max(1, round(c.ratio * n)), [False] * n, logps, ref, contexts, bandit, 0)[0]
-
-    def sams_step():
-        sams.descend(policy, pairs, ref, choose(), how, device)
-    steps = {"floor": floor, "dpo": dpo, "dpo+ac": dpo_checkpointed, "sams": sams_step}
+def make_steps(c, loaded: Loaded, device) -> tuple[dict[str, Callable], list[nn.Module]]:
+    """{row: a function that does one forward and backward pass}, and the modules that it trains."""
+    n = len(loaded.pairs)
+    same = {
+        "dtype": c.dtype,
+        "micro_batch": c.micro_batch or n,
+        "batch": n,
+        "beta": 0.1,
+        "activation_checkpointing": False,
+    }
+    work = make_work(c, sams.Config(**same, ratio=c.ratio, context="both"), loaded, device)
+    modules = [work.policy]
+    steps = {
+        "floor": partial(floor, work, unpadded(loaded.pairs, device)),
+        "dpo": partial(dpo, work),
+        "dpo+ac": partial(dpo_checkpointed, work),
+    }
     if "sams" in c.rows:
-        logps, contexts = sams.score(policy, pairs, everything, how, device, how.context)
-        for _ in progress(range(how.replay + 1), "fill the replay"):
-            sams.pick(how, "topk", everything, max(1, round(c.ratio * n)), [False] * n, logps, ref, contexts, bandit, 0)
-    if reference:
-        tso_how, dnpo_how = tso.Config(**same), dnpo.Config(**same)
-        plain, scorer = Scorer(reference), Scorer(lm)
-        steps["tso"] = lambda: tso.descend(tso_how, scorer, plain, pairs, everything, device)
-        if "dnpo" in c.rows:
-            noisy = dnpo.NoisyReference(reference, 0.1).to(device)
-            modules.append(noisy)
-            steps["dnpo"] = lambda: dnpo.descend(dnpo_how, "joint", scorer, noisy, pairs, everything, (1, 1), device)
+        steps["sams"] = partial(choose_and_train, work, busy_bandit(work))
+
+    scorer = Scorer(work.policy.lm)
+    of_all = {"pairs": loaded.pairs, "indices": work.everything, "device": device}
+    if "tso" in c.rows:
+        reference = Scorer(loaded.reference)
+        steps["tso"] = partial(tso.descend, tso.Config(**same), scorer, reference, **of_all)
+    if "dnpo" in c.rows:
+        reference = dnpo.NoisyReference(loaded.reference, 0.1).to(device)
+        modules.append(reference)
+        seed = (0, "noise", 1, 1, "joint")
+        models = scorer, reference
+        steps["dnpo"] = partial(
+            dnpo.descend, dnpo.Config(**same), "joint", *models, **of_all, seed=seed
+        )
     if c.vs == "trl":
-        steps |= trl_steps(c, lm, pairs, ref, tok, device, dpo)
-    return {name: steps[name] for name in c.rows + ["trl", "trl+ac"] * (c.vs == "trl")}, modules
+        steps.update(trl_steps(c, work, loaded.tok))
+
+    asked = list(c.rows)
+    if c.vs == "trl":
+        asked += ["trl", "trl+ac"]
+    return {row: steps[row] for row in asked}, modules
 
 
-def trl_steps(c, lm, pairs, ref, tok, device, ours) -> dict:
-    """TRL's loss on the identical pairs; it must agree with ours, or the comparison is void."""
-    try:
-        import trl
-        from datasets import Dataset
-    except ImportError:
-        die("--vs trl needs trl: pip install trl")
-    row = [{"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}]
-    args = trl.DPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(pairs), beta=0.1, use_cpu=device.type == "cpu", bf16=c.dtype == "bfloat16", report_to=[],
-                         max_length=None, gradient_checkpointing=False, precompute_ref_log_probs=True, disable_tqdm=True, dataloader_pin_memory=False)
-    trainer = trl.DPOTrainer(model=lm, args=args, train_dataset=Dataset.from_list(row), processing_class=tok)
-    batch = trainer._prepare_inputs(trainer.data_collator([{"prompt_ids": p, "chosen_ids": y, "rejected_ids": z, "ref_chosen_logps": a, "ref_rejected_logps": b}
-                                                           for (p, y, z, _), (a, b) in zip(pairs, ref.tolist())]))
+def make_work(c, how: sams.Config, loaded: Loaded, device) -> Work:
+    """The policy with its reference's log-probs, a little away from it."""
+    if loaded.lm is None:
+        policy = sams.shard(sams.PoolingScorer, c.model, how, device)
+    else:
+        policy = sams.PoolingScorer(loaded.lm)
+    everything = list(range(len(loaded.pairs)))
+    ref_logps, _ = sams.observe(how, policy, loaded.pairs, everything, device)
+    move_away(policy.lm)
+    data = sams.Data(loaded.pairs, ref_logps, [False] * len(loaded.pairs))
+    return Work(how, policy, data, everything, device)
+
+
+def unpadded(pairs: list[Pair], device) -> Tensor:
+    """The pairs' tokens in as many sequences as the other rows have, none padded. [2n, T]."""
+    tokens = []
+    for pair in pairs:
+        tokens += pair.prompt + pair.chosen
+    for pair in pairs:
+        tokens += pair.prompt + pair.rejected
+    sequences = 2 * len(pairs)
+    length = len(tokens) // sequences
+    return torch.tensor(tokens[: length * sequences], device=device).view(sequences, length)
+
+
+def floor(work: Work, ids: Tensor):
+    for some_ids in ids.split(2 * work.how.micro_batch):
+        with sams.autocast(work.how, work.device, work.policy):
+            out = work.policy.lm.model(input_ids=some_ids, use_cache=False)
+            out.last_hidden_state.float().mean().backward()
+
+
+def dpo(work: Work) -> Tensor:
+    """Returns the loss."""
+    sums = sams.descend(work.how, work.policy, work.data, work.everything, work.device)
+    return sums["loss"]
+
+
+def dpo_checkpointed(work: Work):
+    with activation_checkpointing(work.policy.lm):
+        dpo(work)
+
+
+def choose_and_train(work: Work, bandit: sams.Bandit):
+    """A round of SamS."""
+    chosen = choose(work, bandit, observe(work))
+    sams.descend(work.how, work.policy, work.data, chosen, work.device)
+
+
+def observe(work: Work) -> sams.Seen:
+    how = work.how
+    return sams.observe(
+        how, work.policy, work.data.pairs, work.everything, work.device, how.context
+    )
+
+
+def choose(work: Work, bandit: sams.Bandit, seen: sams.Seen) -> list[int]:
+    """The selector learns from its last round and picks."""
+    places, _ = sams.pick(work.how, "topk", work.data, seen, bandit, step=0)
+    return places
+
+
+def busy_bandit(work: Work) -> sams.Bandit:
+    """A bandit whose replay is full, as in the middle of a training."""
+    bandit = sams.make_bandit(work.how, work.policy, work.device)
+    seen = observe(work)
+    for _ in job.progress(range(work.how.replay + 1), "fill the replay"):
+        choose(work, bandit, seen)
+    return bandit
+
+
+# ---------------------------------------------------------------- TRL
+
+
+def trl_steps(c, work: Work, tok) -> dict[str, Callable]:
+    """TRL's loss on the identical pairs. It must agree with ours, or the comparison is void."""
+    lm, device = work.policy.lm, work.device
+    trainer = make_trainer(c, lm, tok, len(work.data.pairs), device)
+    batch = trainer._prepare_inputs(trainer.data_collator(trl_rows(work.data)))
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"):  # as accelerate does around a prepared model
+        # as accelerate does around a prepared model
+        with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
             loss = trainer.compute_loss(lm, batch)
         loss.backward()
         return loss.detach()
@@ -239,87 +421,267 @@ def trl_steps(c, lm, pairs, ref, tok, device, ours) -> dict:
         step()
         lm.gradient_checkpointing_disable()
         lm.eval()
-    theirs, mine = step().item(), ours().item()
-    print(f"loss: ours {mine:.4f}, TRL's {theirs:.4f}")
-    if abs(theirs - mine) > (0.05 if c.dtype == "bfloat16" else 1e-3):
-        die(f"TRL's loss {theirs} is not ours {mine}: the rows would not be comparable")
+
+    theirs = step().item()
+    ours = dpo(work).item()
+    print(f"loss: ours {ours:.4f}, TRL's {theirs:.4f}")
+    tolerance = 0.05 if c.dtype == "bfloat16" else 1e-3
+    if abs(theirs - ours) > tolerance:
+        job.die(f"TRL's loss {theirs} is not ours {ours}: the rows would not be comparable")
     return {"trl": step, "trl+ac": step_checkpointed}
 
 
+def make_trainer(c, lm, tok, batch: int, device):
+    """A DPOTrainer of the model. It wants a data set, which is not used."""
+    try:
+        import trl
+        from datasets import Dataset
+    except ImportError:
+        job.die("--vs trl needs trl: pip install trl")
+    row = {
+        "prompt": [{"role": "user", "content": "a"}],
+        "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+    }
+    args = trl.DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=batch,
+        beta=0.1,
+        use_cpu=device.type == "cpu",
+        bf16=c.dtype == "bfloat16",
+        report_to=[],
+        max_length=None,
+        gradient_checkpointing=False,
+        precompute_ref_log_probs=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    return trl.DPOTrainer(
+        model=lm, args=args, train_dataset=Dataset.from_list([row]), processing_class=tok
+    )
+
+
+def trl_rows(data: sams.Data) -> list[dict]:
+    """The pairs as TRL's collator takes them, with our log-probs of the reference."""
+    rows = []
+    for pair, (chosen_logp, rejected_logp) in zip(data.pairs, data.ref_logps.tolist()):
+        row = {
+            "prompt_ids": pair.prompt,
+            "chosen_ids": pair.chosen,
+            "rejected_ids": pair.rejected,
+            "ref_chosen_logps": chosen_logp,
+            "ref_rejected_logps": rejected_logp,
+        }
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------- a setting
+
+
 def measure(c, rank: int = 0, meeting: str = "") -> dict:
-    """{row: seconds, spread, peak_mib, ...} of one setting, on one of its ranks."""
-    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    """Measures all rows of one setting, on one of its ranks, which meet in the file `meeting`.
+
+    Returns what is written to --out: {"device", "tokens", "gradients_mib", "peak_flops", "rows"}.
+    """
+    device = enter(c, rank, meeting)
+    common.CHUNK = c.chunk
+    keep_freed_blocks(False)
+    loaded = load(c, device)
+    steps, modules = make_steps(c, loaded, device)
+
+    # memory first: a heap with holes would hide growth, or make it
+    memory = {}
+    for row, step in job.progress(steps.items(), "memory"):
+        memory[row] = peak(step, modules, device)
+
+    keep_freed_blocks(True)
+    for step in job.progress(steps.values(), "warm up"):
+        step()
+    times = {row: [] for row in steps}
+    for _ in job.progress(range(c.repeats), "time"):
+        for row, step in steps.items():
+            times[row].append(seconds(step, modules, device))
+
+    lm = modules[0].lm
+    tokens = sum(len(pair.prompt) + pair.tokens for pair in loaded.pairs)  # the prompt counts twice
+    peak_flops = peak_of(device)
+    ideal = None
+    if peak_flops:
+        ideal = model_flops(lm, loaded.pairs, tokens) / peak_flops / c.ranks
+    return {
+        "device": device_note(device),
+        "tokens": tokens,
+        "gradients_mib": sum(p.numel() * 4 for p in lm.parameters()) / 2**20 / c.ranks,
+        "peak_flops": peak_flops,
+        "rows": summarise(times, memory, tokens, ideal),
+    }
+
+
+def enter(c, rank: int, meeting: str) -> torch.device:
+    """Joins the other ranks, if there are any, and returns this rank's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
     if c.threads:
         torch.set_num_threads(c.threads)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if c.ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.FileStore(meeting, c.ranks), rank=rank, world_size=c.ranks)
-    common.CHUNK = dnpo.CHUNK = c.chunk
-    keep_freed_blocks(False)
-    lm, reference, pairs, tok = load(c, device)
-    steps, modules = make_steps(c, lm, reference, pairs, tok, device)
-    lm = modules[0].lm
-    memory = {name: peak(step, modules, device) for name, step in progress(steps.items(), "memory")}  # first: a heap with holes would hide growth, or make it
-    times = {name: [] for name in steps}
-    keep_freed_blocks(True)
-    for step in progress(steps.values(), "warm up"):
-        step()
-    for _ in progress(range(c.repeats), "time"):
-        for name, step in steps.items():
-            times[name].append(seconds(step, modules, device))
-    tokens, length = sum(len(p) * 2 + len(y) + len(z) for p, y, z, _ in pairs), max(len(p) + max(len(y), len(z)) for p, y, z, _ in pairs)
-    weights = sum(p.numel() for p in lm.parameters()) - lm.get_input_embeddings().weight.numel() * (not lm.config.tie_word_embeddings)
-    flops = tokens * (6 * weights + 6 * lm.config.num_hidden_layers * lm.config.hidden_size * length)
-    top = next((v for name, v in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
-    median = {name: statistics.median(t) for name, t in times.items()}
-    over = lambda name, base: median[name] / median[base] if base in median else None
-    rows = {name: {"seconds": median[name], "spread": (max(t) - min(t)) / median[name], "peak_mib": memory[name], "vs_floor": over(name, "floor"), "vs_trl": over(name, "trl"),
-                   "tokens_per_second": tokens / median[name], "mfu": flops / median[name] / top / c.ranks if top and name != "sams" else None} for name, t in times.items()}
-    card = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    return {"device": card, "tokens": tokens, "gradients_mib": sum(p.numel() * 4 for p in lm.parameters()) / 2**20 / c.ranks, "peak_flops": top, "rows": rows}
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.FileStore(meeting, c.ranks)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=c.ranks)
+    return device
+
+
+def peak_of(device) -> float | None:
+    """The FLOP/s that the device can do at most, if we know."""
+    if device.type != "cuda":
+        return None
+    for name, flops in PEAK.items():
+        if name in torch.cuda.get_device_name():
+            return flops
+    return None
+
+
+def device_note(device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    plural = "s" if threads > 1 else ""
+    return f"CPU, {threads} thread{plural}"
+
+
+def model_flops(lm, pairs: list[Pair], tokens: int) -> float:
+    """FLOPs of a forward and a backward pass over all tokens, as the top of this file counts them.
+
+    They are (6 N + 6 L D T) a token; T is the longest sequence.
+    """
+    config = lm.config
+    N = sum(p.numel() for p in lm.parameters())
+    if not config.tie_word_embeddings:
+        N -= lm.get_input_embeddings().weight.numel()
+    T = 0
+    for pair in pairs:
+        longer = max(len(pair.chosen), len(pair.rejected))
+        T = max(T, len(pair.prompt) + longer)
+    return tokens * (6 * N + 6 * config.num_hidden_layers * config.hidden_size * T)
+
+
+def summarise(
+    times: dict[str, list[float]],
+    memory: dict[str, float | None],
+    tokens: int,
+    ideal: float | None,
+) -> dict[str, dict]:
+    """The numbers of each row. ideal: seconds of a step at the device's peak, None if unknown."""
+    median = {row: statistics.median(measured) for row, measured in times.items()}
+    rows = {}
+    for row, measured in times.items():
+        numbers = {
+            "seconds": median[row],
+            "spread": (max(measured) - min(measured)) / median[row],
+            "peak_mib": memory[row],
+            "vs_floor": None,
+            "vs_trl": None,
+            "tokens_per_second": tokens / median[row],
+            "mfu": None,
+        }
+        for other in ("floor", "trl"):
+            if other in median:
+                numbers[f"vs_{other}"] = median[row] / median[other]
+        if ideal and row != "sams":  # which trains on fewer tokens
+            numbers["mfu"] = ideal / median[row]
+        rows[row] = numbers
+    return rows
 
 
 def apart(c) -> dict:
-    """measure, in new processes: what another setting has left in the heap would count."""
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(c.ranks, multiprocessing.get_context("spawn")) as pool:
-        found, *others = pool.map(functools.partial(measure, c, meeting=f"{folder}/store"), range(c.ranks))
+    """measure() in new processes: what another setting has left in the heap would count.
+
+    A row's memory is that of the rank that needs most.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(c.ranks, spawn) as pool:
+        on_rank = partial(measure, c, meeting=f"{folder}/store")
+        of_ranks = list(pool.map(on_rank, range(c.ranks)))
+
+    found = of_ranks[0]
     for name, row in found["rows"].items():
-        row["peak_mib"] = max((other["rows"][name]["peak_mib"] for other in (found, *others) if row["peak_mib"] is not None), default=None)
+        for other in of_ranks[1:]:
+            if row["peak_mib"] is not None:
+                row["peak_mib"] = max(row["peak_mib"], other["rows"][name]["peak_mib"])
     return found
 
 
-SWEEPS = {"length": (128, 256, 512, 1024, 2048), "pairs": (1, 2, 4, 8), "chunk": (64, 256, 1024, 4096), "ranks": (1, 2, 4)}
+# ---------------------------------------------------------------- what is asked for
 
 
 def main():
-    c = parse(Config)
-    if unknown := set(c.rows) - {"floor", "dpo", "dpo+ac", "sams", "tso", "dnpo"} | set(c.sweep) - set(SWEEPS):
-        die(f"{' '.join(sorted(unknown))}: no such row or sweep")
-    if c.shape and (c.vs or not c.length and not c.sweep):
-        die("--shape has no tokenizer for --data and --vs: give --length, or a --model")
-    if c.ranks > 1 or "ranks" in c.sweep:
-        if c.shape or c.vs or set(c.rows) - {"dpo", "dpo+ac", "sams"}:
-            die("several ranks need a --model, and --rows of dpo, dpo+ac and sams")
-        if torch.cuda.is_available() and torch.cuda.device_count() < c.ranks:
-            die(f"--ranks {c.ranks} needs as many GPUs, here are {torch.cuda.device_count()}")
-    head = {"argv": sys.argv[1:], "torch": torch.__version__}
+    c = job.parse(Config)
+    check(c)
     if c.sweep:
-        found = {}
-        for axis in c.sweep:
-            base = dataclasses.replace(c, length=c.length or 512)
-            found[axis] = {value: apart(dataclasses.replace(base, **{axis: value}))["rows"] for value in progress(SWEEPS[axis], f"sweep {axis}")}
-            for row in c.rows:
-                print(f"{axis}: {row}\n" + table([{axis: value} | rows[row] for value, rows in found[axis].items()], [axis, "seconds", "peak_mib"]))
-            write_atomic(Path(c.out).with_name(Path(c.out).stem + "-sweep.json"), json.dumps(head | {"sweep": found}, indent=1))
-        return
+        sweep(c)
+    else:
+        compare(c)
+
+
+def check(c):
+    """Ends the program if the flags ask for what can't be measured."""
+    unknown = set(c.rows) - set(ROWS) | set(c.sweep) - set(SWEEPS)
+    if unknown:
+        job.die(f"{' '.join(sorted(unknown))}: no such row or sweep")
+
+    needs_tokenizer = c.vs or not (c.length or c.sweep)
+    if c.shape and needs_tokenizer:
+        job.die("--shape has no tokenizer for --data and --vs: give --length, or a --model")
+
+    if c.ranks > 1 or "ranks" in c.sweep:
+        if c.shape or c.vs or set(c.rows) - set(ROWS_OF_RANKS):
+            job.die("several ranks need a --model, and --rows of dpo, dpo+ac and sams")
+        if torch.cuda.is_available() and torch.cuda.device_count() < c.ranks:
+            devices = torch.cuda.device_count()
+            job.die(f"--ranks {c.ranks} needs as many GPUs, here are {devices}")
+
+
+def compare(c):
+    """Measures all rows in one setting: a table, and --out."""
     found = apart(c)
-    print(f"{c.shape or c.model} · {c.pairs} pairs, {found['tokens']} tokens · {c.dtype} · {c.micro_batch or c.pairs} pairs a pass · {found['device']}" + f" x {c.ranks} ranks" * (c.ranks > 1)
-          + f" · gradients {found['gradients_mib']:.0f} MiB"
-          + (f" · MFU of a peak of {found['peak_flops'] / 1e12:.0f} TFLOP/s" if found["peak_flops"] else " · no MFU: peak unknown"))
-    columns = ["row", "seconds", "spread", "peak_mib", "vs_floor", "vs_trl", "tokens_per_second", "mfu"]
-    print(table([{"row": name} | row for name, row in found["rows"].items()], columns if found["peak_flops"] else columns[:-1]))
-    write_atomic(Path(c.out), json.dumps(head | found, indent=1))
+    ranks = f" x {c.ranks} ranks" if c.ranks > 1 else ""
+    columns = ["row", "seconds", "spread", "peak_mib", "vs_floor", "vs_trl", "tokens_per_second"]
+    mfu = "no MFU: peak unknown"
+    if found["peak_flops"]:
+        mfu = f"MFU of a peak of {found['peak_flops'] / 1e12:.0f} TFLOP/s"
+        columns.append("mfu")
+    print(
+        f"{c.shape or c.model} · {c.pairs} pairs, {found['tokens']} tokens · {c.dtype}"
+        f" · {c.micro_batch or c.pairs} pairs a pass · {found['device']}{ranks}"
+        f" · gradients {found['gradients_mib']:.0f} MiB · {mfu}"
+    )
+    rows = [{"row": name, **numbers} for name, numbers in found["rows"].items()]
+    print(job.table(rows, columns))
+    write(Path(c.out), found)
+
+
+def sweep(c):
+    """Measures all rows in the settings of each sweep: a table for every row, and *-sweep.json."""
+    out = Path(c.out)
+    base = dataclasses.replace(c, length=c.length or 512)
+    found = {}
+    for axis in c.sweep:
+        of_axis = {}
+        for value in job.progress(SWEEPS[axis], f"sweep {axis}"):
+            of_axis[value] = apart(dataclasses.replace(base, **{axis: value}))["rows"]
+        found[axis] = of_axis
+        for row in c.rows:
+            rows = [{axis: value, **numbers[row]} for value, numbers in of_axis.items()]
+            print(f"{axis}: {row}\n" + job.table(rows, [axis, "seconds", "peak_mib"]))
+        write(out.with_name(f"{out.stem}-sweep.json"), {"sweep": found})
+
+
+def write(path: Path, found: dict):
+    """Writes what was found, with the command and torch's version in front."""
+    head = {"argv": sys.argv[1:], "torch": torch.__version__}
+    job.write_atomic(path, json.dumps({**head, **found}, indent=1))
 
 
 if __name__ == "__main__":

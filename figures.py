@@ -1,418 +1,995 @@
-"""The papers' figures, from finished runs alone: `python evaluate.py --figures runs/...`. No model is loaded.
+"""The papers' figures, from finished runs alone: `python evaluate.py --figures runs/...`.
 
-Runs that differ in their seed alone are one line with a band. What a figure shows is computed by a function of its own, apart from the drawing.
+No model is loaded. Runs that differ in their seed alone are one line with a band. There is one
+function for each figure, and what it shows is computed by functions of their own, which draw
+nothing: statistics first, then what is read from a run's files, then the drawing.
 """
+
 from __future__ import annotations
 
-import itertools
 import json
-import operator
+import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from common import die, read_jsonl, table, write_atomic
+import job
 
-
-# ---------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------- statistics
 
 
 def ks_distance(a, b) -> float:
-    """Kolmogorov-Smirnov: the largest distance between two samples' distribution functions, max_x |F_a(x) - F_b(x)|. [n], [m] -> 0..1."""
-    a, b = np.sort(a), np.sort(b)
-    x = np.concatenate([a, b])
-    return float(np.abs(np.searchsorted(a, x, "right") / len(a) - np.searchsorted(b, x, "right") / len(b)).max())
+    """The Kolmogorov-Smirnov distance of two samples, max_x |F_a(x) - F_b(x)|.
+
+    F is a sample's distribution function. The samples are [n] and [m], the distance is 0..1.
+    """
+    a = np.sort(a)
+    b = np.sort(b)
+    x = np.concatenate([a, b])  # [n + m]: the functions change at these points only
+    share_of_a = np.searchsorted(a, x, "right") / len(a)  # F_a(x)
+    share_of_b = np.searchsorted(b, x, "right") / len(b)  # F_b(x)
+    return float(np.abs(share_of_a - share_of_b).max())
 
 
-def histogram(samples: dict[str, list], bins: int = 24) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Shares of each sample in the same bins, from the 1st to the 99th percentile of all; what lies outside is counted in the outer bins.
-    -> edges [bins + 1], {name: [bins]}, which sum to 1."""
-    low, high = np.percentile(np.concatenate([*samples.values()]), [1, 99])
-    edges = np.linspace(low, high if high > low else low + 1, bins + 1)
-    return edges, {name: np.histogram(np.clip(x, edges[0], edges[-1]), edges)[0] / len(x) for name, x in samples.items()}
+def histogram(samples: dict[str, list], bins: int = 24) -> tuple[np.ndarray, dict]:
+    """The shares of each sample's values that fall into the same bins.
+
+    The bins reach from the 1st to the 99th percentile of all values together; what lies outside
+    is counted in the outer bins. Returns the bins' edges [bins + 1] and {name: shares [bins]},
+    which sum to 1.
+    """
+    together = np.concatenate(list(samples.values()))
+    low, high = np.percentile(together, [1, 99])
+    if high <= low:
+        high = low + 1
+    edges = np.linspace(low, high, bins + 1)
+
+    shares = {}
+    for name, sample in samples.items():
+        inside = np.clip(sample, edges[0], edges[-1])
+        counts, _ = np.histogram(inside, edges)
+        shares[name] = counts / len(sample)
+    return edges, shares
 
 
-def band(curves: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (n - 1) over R runs [R][T], cut to the shortest -> [T], [T]; deviation 0 of a single run."""
-    x = np.array([curve[:min(map(len, curves))] for curve in curves], float)
-    return x.mean(0), x.std(0, ddof=1) if len(x) > 1 else np.zeros(x.shape[1])
+def band(runs: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (n - 1) over the curves of R runs, cut to the shortest: [T], [T].
+
+    The deviation of a single run is 0.
+    """
+    shortest = min(len(curve) for curve in runs)
+    values = np.array([curve[:shortest] for curve in runs], float)  # [R, T]
+    mean = values.mean(0)
+    if len(values) == 1:
+        return mean, np.zeros(shortest)
+    return mean, values.std(0, ddof=1)
 
 
-# ---------------------------------------------------------------- what the figures show, from a run's files
+# ------------------------------------------------------------------------- runs and their kinds
 
-ALIKE = {"seed", "out", "resume", "overwrite", "parallel", "micro_batch", "save_every", "reference", "dry_run", "export_pairs"}  # what runs of one kind may differ in
-TASK = ("model", "data", "test", "limit", "flip", "epochs", "max_steps", "batch", "lr", "beta")  # SamS: selectors are compared on the same task; each task has a panel
+# A field that the Config of this script alone has.
+MARKS = {"noise_init": "dnpo", "clip_chosen": "tso", "selector_lr": "sams"}
+
+# What runs of one kind may differ in.
+ALIKE = {
+    "seed",
+    "out",
+    "resume",
+    "overwrite",
+    "parallel",
+    "micro_batch",
+    "save_every",
+    "reference",
+    "dry_run",
+    "export_pairs",
+}
+
+# SamS compares selectors on the same task; each task has a panel.
+TASK = ("model", "data", "test", "limit", "flip", "epochs", "max_steps", "batch", "lr", "beta")
+
+# SamS's selectors, as they are called in the paper.
+SELECTORS = {
+    "topk": "SamS",
+    "sample": "SamS, sampled",
+    "all": "DPO",
+    "random": "random",
+    "margin": "highest margin",
+    "oracle": "oracle",
+}
 
 
-def read_run(spec: str) -> dict:
-    """FOLDER or FOLDER=NAME of a finished run -> {"folder", "name", "method", "config", "results", "metrics"}; which method it was its config's fields tell."""
+@dataclass(frozen=True)
+class Run:
+    """A finished run of one of the three scripts, as its files tell."""
+
+    folder: Path
+    name: str  # what the user calls it, "" if nothing was said
+    method: str  # dnpo, tso or sams
+    config: dict
+    results: dict
+    metrics: list[dict]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def iterations(self) -> list[dict]:
+        """The results of DNPO's iterations, the first of which is the start."""
+        return self.results["iterations"]
+
+
+class Kind(NamedTuple):
+    """Runs that differ in their seed alone: a line, or a group of bars, in a figure."""
+
+    name: str
+    task: dict  # of SamS, else {}
+    runs: list[Run]
+
+
+def read_run(spec: str) -> Run:
+    """The finished run in FOLDER, or in FOLDER of FOLDER=NAME, which gives it another name."""
     folder, _, name = spec.partition("=")
     path = Path(folder)
-    if any(not (path / name).is_file() for name in ("config.json", "results.json", "metrics.jsonl")):
-        die(f"{folder}: no finished run (config.json, results.json and metrics.jsonl are expected in it)")
+    for file in ("config.json", "results.json", "metrics.jsonl"):
+        if not (path / file).is_file():
+            job.die(
+                f"{folder}: no finished run "
+                "(config.json, results.json and metrics.jsonl are expected in it)"
+            )
+
     config = json.loads((path / "config.json").read_text())
-    method = next((method for mark, method in (("noise_init", "dnpo"), ("clip_chosen", "tso"), ("selector_lr", "sams")) if mark in config), None)
-    return {"folder": path, "name": name, "method": method or die(f"{folder}: not a run of dnpo.py, tso.py or sams.py"), "config": config,
-            "results": json.loads((path / "results.json").read_text()), "metrics": read_jsonl(path / "metrics.jsonl")}
+    methods = [method for mark, method in MARKS.items() if mark in config]
+    if not methods:
+        job.die(f"{folder}: not a run of dnpo.py, tso.py or sams.py")
+
+    return Run(
+        folder=path,
+        name=name,
+        method=methods[0],
+        config=config,
+        results=json.loads((path / "results.json").read_text()),
+        metrics=job.read_jsonl(path / "metrics.jsonl"),
+    )
 
 
-def paper_name(run: dict) -> str:
-    """What the paper calls it."""
-    method, config = run["method"], run["config"]
-    if method == "dnpo":
-        return {(True, True): "DNPO", (True, False): "SPIN + DSL", (False, True): "SPIN + NPO", (False, False): "SPIN"}[config["labels"] == "judge", config["noise"]]
-    if method == "tso":
-        return "DPO" if config["clip_chosen"] == config["clip_rejected"] == float("inf") else "dual clip"
-    name = {"topk": "SamS", "sample": "SamS, sampled", "all": "DPO", "random": "random", "margin": "highest margin", "oracle": "oracle"}[config["select"]]
-    return f"Selective + {name}" if config["preselect"] < 1 else name
+def paper_name(run: Run) -> str:
+    """What the paper calls a run with these settings."""
+    config = run.config
+    if run.method == "dnpo":
+        if config["labels"] == "judge":
+            return "DNPO" if config["noise"] else "SPIN + DSL"
+        return "SPIN + NPO" if config["noise"] else "SPIN"
+
+    if run.method == "tso":
+        unclipped = config["clip_chosen"] == config["clip_rejected"] == math.inf
+        return "DPO" if unclipped else "dual clip"
+
+    name = SELECTORS[config["select"]]
+    if config["preselect"] < 1:
+        return f"Selective + {name}"
+    return name
 
 
-def group_runs(runs: list[dict]) -> list[tuple[str, dict, list[dict]]]:
-    """Runs of one method -> (name, task, runs that differ in their seed alone) of each kind. Kinds that the paper's name can't tell apart say in which flags they differ
-    from the first of that name."""
-    same = lambda run: {k: v for k, v in run["config"].items() if k not in ALIKE}
-    task = lambda run: {k: run["config"].get(k) for k in TASK if run["method"] == "sams"}
-    kinds, first = {}, {}
+def settings_of(run: Run) -> dict:
+    """The settings that runs of one kind have in common."""
+    return {flag: value for flag, value in run.config.items() if flag not in ALIKE}
+
+
+def task_of(run: Run) -> dict:
+    """The settings that make the task on which SamS compares selectors; other methods have none."""
+    if run.method != "sams":
+        return {}
+    return {flag: run.config.get(flag) for flag in TASK}
+
+
+def group_runs(runs: list[Run]) -> list[Kind]:
+    """Groups the runs of one method into kinds, the runs of a kind in the order of their seeds.
+
+    Where the paper has one name for several kinds, all but the first say in which flags they
+    differ from it.
+    """
+    together = {}
     for run in runs:
-        kinds.setdefault(json.dumps([run["name"], same(run)], sort_keys=True), []).append(run)
-    out = []
-    for members in kinds.values():
-        name, own = members[0]["name"] or paper_name(members[0]), same(members[0])
-        base = first.setdefault(name, own)
-        more = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in own.items() if k not in task(members[0]) and v != base.get(k)]
-        out.append((", ".join([name, *more]), task(members[0]), sorted(members, key=lambda run: run["config"]["seed"])))
-    return out
+        key = json.dumps([run.name, settings_of(run)], sort_keys=True)
+        together.setdefault(key, []).append(run)
+
+    kinds = []
+    first_of_name = {}
+    for members in together.values():
+        run = members[0]
+        name = run.name or paper_name(run)
+        task = task_of(run)
+        settings = settings_of(run)
+        first = first_of_name.setdefault(name, settings)
+
+        words = [name]
+        for flag, value in settings.items():
+            if flag not in task and value != first.get(flag):
+                shown = f"{value:g}" if isinstance(value, float) else value
+                words.append(f"{flag} {shown}")
+        members.sort(key=lambda member: member.seed)
+        kinds.append(Kind(", ".join(words), task, members))
+    return kinds
 
 
-def by_task(groups: list[tuple]) -> dict[str, list[tuple]]:
-    """Groups under the task that they share, named by what differs between tasks."""
-    differ = [k for k in TASK if len({json.dumps(task.get(k)) for _, task, _ in groups}) > 1]
-    out = {}
-    for group in sorted(groups, key=lambda g: [str(g[1].get(k)) for k in differ]):
-        out.setdefault(", ".join(f"{k} {group[1][k]}" for k in differ), []).append(group)
-    return out
+def by_task(kinds: list[Kind]) -> dict[str, list[Kind]]:
+    """The kinds under the task that they share; a task is named by what differs between tasks."""
+    differ = []
+    for flag in TASK:
+        values = {json.dumps(kind.task.get(flag)) for kind in kinds}
+        if len(values) > 1:
+            differ.append(flag)
+
+    def values_of(kind: Kind) -> list[str]:
+        return [str(kind.task.get(flag)) for flag in differ]
+
+    tasks = {}
+    for kind in sorted(kinds, key=values_of):
+        title = ", ".join(f"{flag} {kind.task[flag]}" for flag in differ)
+        tasks.setdefault(title, []).append(kind)
+    return tasks
 
 
-def iteration_values(run: dict, name: str) -> list[float] | None:
-    """A number of results.json for every iteration, from the start; None if it was not measured."""
-    values = [result.get(name) for result in run["results"]["iterations"]]
-    return None if None in values else values
+# ------------------------------------------------------------------------- what a run's files say
 
 
-def logp_samples(run: dict, iteration: int) -> dict[str, list[float]]:
-    """DNPO Figs. 2 and 10, of the model that an iteration has made: log pi of the positives and negatives it was trained on and of its own new answers (sums over tokens)."""
-    rows = read_jsonl(run["folder"] / f"iter{iteration}" / "logps.jsonl")
-    return {name: [row[key] for row in rows] for name, key in (("positive", "positive"), ("negative", "negative"), ("generated, next iteration", "new"))}
+def iteration_values(run: Run, name: str) -> list[float] | None:
+    """A number of results.json at every iteration, the start included; None if not measured."""
+    values = [result.get(name) for result in run.iterations]
+    if None in values:
+        return None
+    return values
 
 
-def duel(run: dict, other: dict) -> list[tuple[float, float, float]]:
-    """DNPO Fig. 7: shares of held-out prompts on which run's answer has the higher, the same and the lower score than other's, per iteration."""
-    out = []
-    for k in range(min(len(run["results"]["iterations"]), len(other["results"]["iterations"]))):
-        mine, theirs = ({row["id"]: row["meta"]["score"] for row in read_jsonl(r["folder"] / f"iter{k}" / "test.jsonl")} for r in (run, other))
-        both = [(mine[i], theirs[i]) for i in mine if i in theirs and None not in (mine[i], theirs[i])]
-        if not both:
+def logp_samples(run: Run, iteration: int) -> dict[str, list[float]]:
+    """DNPO Figs. 2 and 10: log pi under the model that an iteration has made, summed over tokens.
+
+    It is that of the positives and the negatives it was trained on, and of its own new answers.
+    """
+    rows = job.read_jsonl(run.folder / f"iter{iteration}" / "logps.jsonl")
+    return {
+        "positive": [row["positive"] for row in rows],
+        "negative": [row["negative"] for row in rows],
+        "generated, next iteration": [row["new"] for row in rows],
+    }
+
+
+def held_out_scores(run: Run, iteration: int) -> dict[str, float]:
+    """The judge's score of each held-out prompt's answer, by the row's id, where it has one."""
+    rows = job.read_jsonl(run.folder / f"iter{iteration}" / "test.jsonl")
+    scores = {row["id"]: row["meta"]["score"] for row in rows}
+    return {name: score for name, score in scores.items() if score is not None}
+
+
+def duel(run: Run, other: Run) -> list[tuple[float, float, float]]:
+    """DNPO Fig. 7: on how many of the held-out prompts run's answer scores higher than other's.
+
+    Returns, for each iteration, the shares of wins, ties and losses; nothing at all if there is
+    an iteration without scores.
+    """
+    shares = []
+    for k in range(min(len(run.iterations), len(other.iterations))):
+        mine = held_out_scores(run, k)
+        theirs = held_out_scores(other, k)
+        gaps = [mine[name] - theirs[name] for name in mine if name in theirs]
+        if not gaps:
             return []
-        out.append(tuple(sum(test(s, t) for s, t in both) / len(both) for test in (operator.gt, operator.eq, operator.lt)))
-    return out
+
+        wins = sum(gap > 0 for gap in gaps)
+        ties = sum(gap == 0 for gap in gaps)
+        losses = sum(gap < 0 for gap in gaps)
+        shares.append((wins / len(gaps), ties / len(gaps), losses / len(gaps)))
+    return shares
 
 
-def curves(run: dict, *names: str) -> tuple[list[list[float]], list[int]]:
-    """Metrics over the steps of the whole run that have them all, and where its iterations or slices begin. -> [len(names)][steps], positions."""
-    steps = [m for m in run["metrics"] if all(name in m for name in names)]
-    return [[m[name] for m in steps] for name in names], [i for i, m in enumerate(steps) if m["step"] == 1]
+def steps_with(run: Run, names: tuple[str, ...]) -> list[dict]:
+    """The steps of the whole run that have all these metrics."""
+    return [step for step in run.metrics if all(name in step for name in names)]
 
 
-def spreads(run: dict) -> dict[str, list[tuple[float, float]]]:
-    """TSO Fig. 5: (skewness, kurtosis) of the scores of each prompt's answers, before the training and after it."""
-    last = run["results"]["slices"][-1]
-    files = {"before": run["folder"] / "start" / "spread.jsonl", "after": run["folder"] / f"round{last['round']}-slice{last['slice']}" / "spread.jsonl"}
-    return {name: [(row["skewness"], row["kurtosis"]) for row in read_jsonl(file) if row["skewness"] is not None] for name, file in files.items() if file.exists()}
+def curves(run: Run, *names: str) -> list[list[float]]:
+    """A curve for each of the metrics, over the steps of the whole run that have them all."""
+    steps = steps_with(run, names)
+    return [[step[name] for step in steps] for name in names]
 
 
-def flipped_selected(run: dict, window: int = 10) -> list[float]:
-    """Share of the flipped pairs of the last `window` updates' batches that were selected, after every update; nan before the first flipped pair."""
-    seen, taken = (np.cumsum([0] + [m[f"{name}/flipped"] for m in run["metrics"]]) for name in ("batch", "selected"))
+def beginnings(run: Run, *names: str) -> list[int]:
+    """The positions on such curves at which an iteration or a slice begins."""
+    steps = steps_with(run, names)
+    return [i for i, step in enumerate(steps) if step["step"] == 1]
+
+
+def spreads(run: Run) -> dict[str, list[tuple[float, float]]]:
+    """TSO Fig. 5: how the scores of each prompt's answers spread, before training and after it.
+
+    Returns (skewness, kurtosis) of each prompt whose scores differ, for each of the two
+    measurements that the run has made.
+    """
+    last = run.results["slices"][-1]
+    places = {"before": "start", "after": f"round{last['round']}-slice{last['slice']}"}
+
+    found = {}
+    for when, place in places.items():
+        file = run.folder / place / "spread.jsonl"
+        if not file.exists():
+            continue
+        rows = [row for row in job.read_jsonl(file) if row["skewness"] is not None]
+        found[when] = [(row["skewness"], row["kurtosis"]) for row in rows]
+    return found
+
+
+def flipped_selected(run: Run, window: int = 10) -> list[float]:
+    """The share of the flipped pairs that were selected, after every update.
+
+    It counts the batches of the last `window` updates, and is nan before the first flipped pair.
+    """
+    seen = np.cumsum([0] + [step["batch/flipped"] for step in run.metrics])
+    taken = np.cumsum([0] + [step["selected/flipped"] for step in run.metrics])
     ends = np.arange(1, len(seen))
     starts = np.maximum(0, ends - window)
-    count = seen[ends] - seen[starts]
-    return np.where(count > 0, (taken[ends] - taken[starts]) / np.maximum(count, 1), np.nan).tolist()
+
+    seen = seen[ends] - seen[starts]
+    taken = taken[ends] - taken[starts]
+    shares = taken / np.maximum(seen, 1)
+    return np.where(seen > 0, shares, np.nan).tolist()
 
 
-def costs(run: dict) -> dict[str, float]:
-    """Seconds per update: scoring pass, selector, and the rest (training, held-out measurements); and peak memory in GiB."""
-    steps = run["metrics"]
-    mean = lambda name: sum(m[name] for m in steps) / len(steps)
-    whole = mean("batch/pairs") / steps[-1]["pairs_per_second"]
-    return {"score": mean("score_seconds"), "select": mean("selector/seconds"), "train": whole - mean("score_seconds") - mean("selector/seconds"),
-            "memory": max(m["memory_gib"] for m in steps)}
+def mean_of(run: Run, name: str) -> float:
+    """The mean of a metric over the run's steps."""
+    return sum(step[name] for step in run.metrics) / len(run.metrics)
 
 
-# ---------------------------------------------------------------- drawing
+def costs(run: Run) -> dict[str, float]:
+    """What an update costs: seconds of its parts, and the run's peak memory in GiB.
 
-COLORS, DASHES, MARKERS = ["#000000", "#0b62a4", "#c8501e", "#2f8f5b", "#7b5aa6", "#8a8a8a", "#b59a00", "#d0679d"], ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))], "os^Dv*PX"
-FILLS, HATCHES = ["#4c4c4c", "#b4b4b4", "#f4f4f4"], ["", "///", "..."]  # of stacked bars, which have three parts
+    The parts are the scoring pass, the selector, and the rest: training, held-out measurements.
+    """
+    whole = mean_of(run, "batch/pairs") / run.metrics[-1]["pairs_per_second"]
+    score = mean_of(run, "score_seconds")
+    select = mean_of(run, "selector/seconds")
+    return {
+        "score": score,
+        "select": select,
+        "train": whole - score - select,
+        "memory": max(step["memory_gib"] for step in run.metrics),
+    }
+
+
+# ------------------------------------------------------------------------- drawing
+
+COLORS = ["#000000", "#0b62a4", "#c8501e", "#2f8f5b", "#7b5aa6", "#8a8a8a", "#b59a00", "#d0679d"]
+DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
+MARKERS = "os^Dv*PX"
+
+# Of bars; a stack has three parts.
+OUTLINE = {"edgecolor": "black", "linewidth": 0.6}
+FILLS = ["#4c4c4c", "#b4b4b4", "#f4f4f4"]
+HATCHES = ["", "///", "..."]
+
+# Of TSO's scores, before the training and after it.
+POINTS = [
+    {"marker": "o", "facecolor": "none", "edgecolor": COLORS[0]},
+    {"marker": "x", "facecolor": COLORS[2]},
+]
+
+STYLE = {
+    "figure.dpi": 130,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#dddddd",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "hatch.linewidth": 0.6,
+    "svg.hashsalt": "evaluate",  # the same runs make the same bytes
+    "svg.fonttype": "path",
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+}
+
+
+class Drawn(NamedTuple):
+    """A figure with the name of its files, and what it says in numbers, as rows of a table."""
+
+    name: str
+    figure: object
+    numbers: list[dict]
 
 
 def pyplot():
-    """matplotlib with the figures' style, without a display."""
+    """matplotlib's pyplot with the figures' style, without a display."""
     try:
         import matplotlib
     except ImportError:
-        die("--figures needs matplotlib: pip install matplotlib")
+        job.die("--figures needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"figure.dpi": 130, "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
-                                "grid.color": "#dddddd", "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8, "hatch.linewidth": 0.6, "svg.hashsalt": "evaluate",
-                                "svg.fonttype": "path", "lines.linewidth": 1.4, "lines.markersize": 4.5})
+    matplotlib.rcParams.update(STYLE)
     import matplotlib.pyplot as plt
+
     return plt
 
 
 def panels(n: int, width: float = 3.4, height: float = 2.7, columns: int = 4, **more):
-    """A figure with n panels, `columns` side by side -> figure, list of axes."""
+    """A figure with n panels, at most `columns` side by side; returns it and the list of its axes.
+
+    width and height are those of one panel, in inches.
+    """
     across = min(n, columns)
-    figure, axes = pyplot().subplots(-(-n // across), across, figsize=(width * across, height * -(-n // across)), squeeze=False, layout="constrained", **more)
+    down = math.ceil(n / across)
+    figure, axes = pyplot().subplots(
+        down,
+        across,
+        figsize=(width * across, height * down),
+        squeeze=False,
+        layout="constrained",
+        **more,
+    )
     for ax in axes.flat[n:]:
         ax.set_visible(False)
     return figure, list(axes.flat[:n])
 
 
+def label(figure, axes: list, x: str, y: str):
+    """Names the axes of panels side by side, x under each and y beside the first, and the lines."""
+    axes[0].set_ylabel(y)
+    for ax in axes:
+        ax.set_xlabel(x)
+    legend(figure, axes[0])
+
+
 def legend(figure, ax):
-    """One legend for all panels, under them: it hides nothing."""
+    """One legend for all panels, under them, where it hides nothing."""
     handles, names = ax.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=max(1, min(len(names), int(figure.get_figwidth() / (0.6 + 0.07 * max(map(len, names)))))))
+    inches = 0.6 + 0.07 * max(len(name) for name in names)
+    fitting = int(figure.get_figwidth() / inches)
+    columns = max(1, min(len(names), fitting))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns)
+
+
+def look(i: int) -> dict:
+    """Color, dashes and marker of a figure's line number i."""
+    return {
+        "color": COLORS[i % len(COLORS)],
+        "linestyle": DASHES[i % len(DASHES)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "markerfacecolor": "white",
+    }
 
 
 def line(ax, i: int, name: str, x, mean, deviation):
-    """A mean line over whole numbers x with a band of one standard deviation; color, dashes and marker i."""
-    ax.plot(x, mean, color=COLORS[i % 8], linestyle=DASHES[i % 6], marker=MARKERS[i % 8], markevery=max(1, len(mean) // 8), markerfacecolor="white", label=name)
+    """Line number i: the means over whole numbers x, with a band of one standard deviation."""
+    some = max(1, len(mean) // 8)
+    ax.plot(x, mean, label=name, markevery=some, **look(i))
     if np.any(deviation > 0):
-        ax.fill_between(x, mean - deviation, mean + deviation, color=COLORS[i % 8], alpha=0.15, linewidth=0)
+        low, high = mean - deviation, mean + deviation
+        ax.fill_between(x, low, high, color=look(i)["color"], alpha=0.15, linewidth=0)
     ax.xaxis.get_major_locator().set_params(integer=True)
 
 
-def starts(ax, positions: list[int]):
-    """Dotted lines where an iteration or slice begins: a new reference, rewards 0."""
+def mark(ax, positions: list[int]):
+    """Dotted lines where an iteration or a slice begins: a new reference, rewards 0."""
     for x in positions[1:]:
         ax.axvline(x + 0.5, color="#999999", linestyle=(0, (1, 2)), linewidth=0.9)
 
 
 def stack(ax, names: list[str], parts: dict[str, np.ndarray], digits: str = "{:.0f}"):
     """Stacked bars of parts {name: [bars]}; each part's number stands in it where it fits."""
-    bottom, top = np.zeros(len(names)), max(sum(parts.values()))
-    for i, (part, mean) in enumerate(parts.items()):
-        ax.bar(names, mean, 0.7, bottom, color=FILLS[i], hatch=HATCHES[i], edgecolor="black", linewidth=0.6, label=part)
-        for k, value in enumerate(mean):
-            if value > 0.08 * top:
-                ax.text(k, bottom[k] + value / 2, digits.format(value), ha="center", va="center", fontsize=7.5, bbox={"pad": 1, "facecolor": "white", "edgecolor": "none"})
-        bottom = bottom + mean
+    box = {"pad": 1, "facecolor": "white", "edgecolor": "none"}
+    centered = {"ha": "center", "va": "center", "fontsize": 7.5}
+    bottom = np.zeros(len(names))
+    top = max(sum(parts.values()))
+    for i, (part, heights) in enumerate(parts.items()):
+        fill = {"color": FILLS[i], "hatch": HATCHES[i]}
+        ax.bar(names, heights, 0.7, bottom, label=part, **fill, **OUTLINE)
+        for k, height in enumerate(heights):
+            if height > 0.08 * top:
+                middle = bottom[k] + height / 2
+                ax.text(k, middle, digits.format(height), bbox=box, **centered)
+        bottom = bottom + heights
     ax.set_ylim(0, 1.02 * top)
     turn_names(ax, names)
 
 
 def bars(ax, names: list[str], mean, deviation, digits: str):
     """Bars with error bars, the number above each. mean, deviation: [bars]."""
-    mean, deviation = np.asarray(mean), np.asarray(deviation)
-    ax.bar(names, mean, 0.65, yerr=deviation if np.any(deviation > 0) else None, capsize=3, color=FILLS[1], edgecolor="black", linewidth=0.6)
+    mean = np.asarray(mean)
+    deviation = np.asarray(deviation)
+    errors = deviation if np.any(deviation > 0) else None
+    ax.bar(names, mean, 0.65, yerr=errors, capsize=3, color=FILLS[1], **OUTLINE)
+    tops = mean + deviation
     for k, value in enumerate(mean):
-        ax.text(k, value + deviation[k] + 0.01 * max(mean), digits.format(value), ha="center", va="bottom", fontsize=7.5)
-    ax.set_ylim(0, 1.12 * max(mean + deviation))
+        above = tops[k] + 0.01 * max(mean)
+        ax.text(k, above, digits.format(value), ha="center", va="bottom", fontsize=7.5)
+    ax.set_ylim(0, 1.12 * max(tops))
     turn_names(ax, names)
 
 
 def turn_names(ax, names: list[str]):
-    """Names under bars, broken at commas, and turned where many are long."""
-    turned = len(names) > 4 and max(map(len, names)) > 4
-    ax.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], rotation=35 if turned else 0, ha="right" if turned else "center")
+    """Writes names under bars, broken at commas, and turned where there are many long ones."""
+    broken = [name.replace(", ", "\n") for name in names]
+    longest = max(len(name) for name in names)
+    places = range(len(names))
+    if len(names) > 4 and longest > 4:
+        ax.set_xticks(places, broken, rotation=35, ha="right")
+    else:
+        ax.set_xticks(places, broken, rotation=0, ha="center")
 
 
-def dnpo_figures(groups: list[tuple]):
-    """(name, figure, what it says in numbers) of DNPO's Figs. 1, 2/10, 5, 7, 8, 9, as far as the runs have the data."""
-    judged = [(name, runs) for name, _, runs in groups if all(iteration_values(run, "score") for run in runs)]
-    by_iteration = lambda key: [{"runs": name, "iteration": k, key: mean, "std": deviation}
-                                for name, runs in judged for k, (mean, deviation) in enumerate(zip(*band([iteration_values(run, key) for run in runs])))]
-    spin = next((runs for _, runs in judged if paper_name(runs[0]) == "SPIN"), [])
+# ------------------------------------------------------------------------- DNPO
+
+
+def dnpo_figures(kinds: list[Kind]):
+    """DNPO's Figs. 1, 2/10, 5, 7, 8 and 9, as far as the runs have the data."""
+    judged = [kind for kind in kinds if is_judged(kind)]
     if judged:
-        figure, axes = panels(len(judged), sharey=True)
-        for ax, (name, runs) in zip(axes, judged):
-            shares = {f"generated {word}": band([[100 * v for v in iteration_values(run, key)] for run in runs])[0] for word, key in (("wins", "win"), ("ties", "tie"), ("loses", "loss"))}
-            stack(ax, [str(k) for k in range(len(shares["generated wins"]))], shares)
-            ax.set(xlabel="Iteration", ylabel="Share of held-out prompts (%)" if ax is axes[0] else "", title=name)
-        legend(figure, axes[0])
-        yield "dnpo-fig1-win-rate", figure, by_iteration("win")
+        yield dnpo_win_rate(judged)
+        yield dnpo_score(judged)
+        yield dnpo_ablation(judged)
 
-        figure, (ax,) = panels(1, 4.2, 3.2)
-        for i, (name, runs) in enumerate(judged):
-            mean, deviation = band([iteration_values(run, "score") for run in runs])
-            line(ax, i, name, range(len(mean)), mean, deviation)
-        ax.set(xlabel="Iteration", ylabel="Average score")
-        legend(figure, ax)
-        yield "dnpo-fig5-score", figure, by_iteration("score")
+    for kind in kinds:
+        yield dnpo_log_probs(kind)
 
-        figure, (ax,) = panels(1, 0.9 * len(judged) + 1.6, 2.9)
-        order = sorted(judged, key=lambda group: ["SPIN", "SPIN + NPO", "SPIN + DSL", "DNPO"].index(paper_name(group[1][0])))
-        ends = [band([iteration_values(run, "score")[-1:] for run in runs]) for _, runs in order]
-        bars(ax, [name for name, _ in order], [mean[0] for mean, _ in ends], [deviation[0] for _, deviation in ends], "{:.2f}")
-        ax.set(ylabel="Average score, last iteration")
-        yield "dnpo-fig8-ablation", figure, [{"runs": name, "score": mean[0], "std": deviation[0]} for (name, _), (mean, deviation) in zip(order, ends)]
+    duels = duels_with_spin(judged)
+    if duels:
+        yield dnpo_against_spin(duels)
 
-    for name, _, runs in groups:
-        last = min(len(run["results"]["iterations"]) for run in runs)
-        figure, axes = panels(last - 1, 2.9)
-        numbers = []
-        for k, ax in enumerate(axes, 1):
-            samples = [logp_samples(run, k) for run in runs]
-            samples = {part: [x for sample in samples for x in sample[part]] for part in samples[0]}
-            positive, negative, new = samples.values()
-            edges, shares = histogram(samples)
-            for i, (part, share) in enumerate(shares.items()):
-                ax.stairs(100 * share, edges, color=COLORS[i], linestyle=DASHES[i], linewidth=1.3, label=part, baseline=None)
-            to_negative, to_positive = ks_distance(new, negative), ks_distance(new, positive)
-            numbers.append({"runs": name, "iteration": k, "KS generated / negative": to_negative, "KS generated / positive": to_positive})
-            ax.set(xlabel="Log probability", ylabel="Share (%)" if k == 1 else "", title=f"iteration {k}\nKS to negatives {to_negative:.2f}, positives {to_positive:.2f}")
-        figure.suptitle(name, fontsize=10)
-        legend(figure, axes[0])
-        yield f"dnpo-fig{2 if paper_name(runs[0]) == 'SPIN' else 10}-log-probs-{slug(name)}", figure, numbers
-
-    seeds = {run["config"]["seed"]: run for run in spin}
-    duels = [(name, [d for run in runs if run["config"]["seed"] in seeds and (d := duel(run, seeds[run["config"]["seed"]]))]) for name, runs in judged if runs is not spin]
-    if duels := [(name, found) for name, found in duels if found]:
-        figure, axes = panels(len(duels), sharey=True)
-        numbers = []
-        for ax, (name, found) in zip(axes, duels):
-            shares = {word: band([[100 * row[i] for row in run] for run in found])[0] for i, word in enumerate(("win", "tie", "loss"))}
-            stack(ax, [str(k) for k in range(len(shares["tie"]))], shares)
-            gap, _ = band([[row[0] - row[2] for row in run] for run in found])
-            ax.set(xlabel="Iteration", ylabel="Share of held-out prompts (%)" if ax is axes[0] else "",
-                   title=f"{name} against SPIN\nwin–loss gap at the end {100 * gap[-1]:+.1f} points")
-            numbers += [{"runs": name, "iteration": k, "gap to SPIN": g} for k, g in enumerate(gap)]
-        legend(figure, axes[0])
-        yield "dnpo-fig7-against-spin", figure, numbers
-
-    noisy = [(name, runs) for name, _, runs in groups if all(curves(run, "loss", "noise/loss")[0][0] for run in runs)]
+    noisy = [kind for kind in kinds if has_noise(kind)]
     if noisy:
-        figure, axes = panels(len(noisy), 3.8)
-        for ax, (name, runs) in zip(axes, noisy):
-            for i, (part, metric) in enumerate((("model loss", "loss"), ("noise loss", "noise/loss"))):
-                mean, deviation = band([curves(run, metric, "noise/loss")[0][0] for run in runs])
-                line(ax, i, part, range(1, len(mean) + 1), mean, deviation)
-            starts(ax, curves(runs[0], "loss", "noise/loss")[1])
-            ax.set(xlabel="Step", ylabel="Loss" if ax is axes[0] else "", title=name)
-        legend(figure, axes[0])
-        yield "dnpo-fig9-losses", figure, [{"runs": name, "model loss at the end": band([curves(r, "loss", "noise/loss")[0][0][-1:] for r in runs])[0][0]} for name, runs in noisy]
+        yield dnpo_losses(noisy)
 
 
-def tso_figures(groups: list[tuple]):
-    """TSO's Figs. 3 and 4 (rewards with DPO's and with the dual-clip loss) and 5 (the scores' distribution)."""
-    order = sorted(groups, key=lambda group: paper_name(group[2][0]) != "DPO")
-    figure, axes = panels(len(order), 3.8, sharey=True)
+def is_judged(kind: Kind) -> bool:
+    """Whether a judge has scored every iteration of every run."""
+    return all(iteration_values(run, "score") for run in kind.runs)
+
+
+def has_noise(kind: Kind) -> bool:
+    """Whether every run has steps that train a noise head."""
+    return all(steps_with(run, ("loss", "noise/loss")) for run in kind.runs)
+
+
+def by_iteration(kinds: list[Kind], key: str) -> list[dict]:
+    """Mean and deviation of a number of results.json, a row for each kind and iteration."""
     numbers = []
-    for ax, (name, _, runs) in zip(axes, order):
-        for i, part in enumerate(("chosen", "rejected")):
-            mean, deviation = band([curves(run, f"rewards/{part}")[0][0] for run in runs])
-            line(ax, i, f"{'positive' if part == 'chosen' else 'negative'} responses", range(1, len(mean) + 1), mean, deviation)
-            numbers.append({"runs": name, "reward of": part, "at the end": mean[-1]})
-        starts(ax, curves(runs[0], "rewards/chosen")[1])
-        ax.set(xlabel="Step", ylabel="Reward" if ax is axes[0] else "", title=f"Fig. {3 if paper_name(runs[0]) == 'DPO' else 4}: {name}")
-    legend(figure, axes[0])
-    yield "tso-fig3-fig4-rewards", figure, numbers
-
-    found = [(name, [spreads(run) for run in runs]) for name, _, runs in order]
-    if found := [(name, some) for name, some in found if all(some)]:
-        figure, axes = panels(len(found), 3.4, 3.2, sharex=True, sharey=True)
-        for ax, (name, some) in zip(axes, found):
-            for i, when in enumerate(some[0]):
-                x, y = zip(*[point for spread in some for point in spread[when]]) if any(spread[when] for spread in some) else ((), ())
-                ax.scatter(x, y, 16, marker="ox"[i], facecolor="none" if i == 0 else COLORS[2], edgecolor=COLORS[0] if i == 0 else None, linewidth=0.8, label=f"{when} training", rasterized=True)
-            ax.set(xlabel="delta (skewness)", ylabel="kurtosis_val" if ax is axes[0] else "", title=name)
-        legend(figure, axes[0])
-        yield "tso-fig5-scores", figure, [{"runs": name, "when": when, "prompts": sum(len(s[when]) for s in some)} for name, some in found for when in some[0]]
+    for kind in kinds:
+        mean, deviation = band([iteration_values(run, key) for run in kind.runs])
+        for k in range(len(mean)):
+            numbers.append({"runs": kind.name, "iteration": k, key: mean[k], "std": deviation[k]})
+    return numbers
 
 
-def over_updates(tasks: dict[str, list[tuple]], names: list[str], quantity: str, x_of, value):
-    """A panel per task with a line per kind of run: value(run) [T] in %, at x_of(run) [T] -> figure, numbers of its right end."""
+def percent(values: list[float]) -> list[float]:
+    return [100 * value for value in values]
+
+
+def dnpo_win_rate(judged: list[Kind]) -> Drawn:
+    """Fig. 1: how often generated answers win, tie and lose against the annotated ones."""
+    parts = {"generated wins": "win", "generated ties": "tie", "generated loses": "loss"}
+    figure, axes = panels(len(judged), sharey=True)
+    for ax, kind in zip(axes, judged):
+        shares = {}
+        for part, key in parts.items():
+            shares[part], _ = band([percent(iteration_values(run, key)) for run in kind.runs])
+        iterations = range(len(shares["generated wins"]))
+        stack(ax, [str(k) for k in iterations], shares)
+        ax.set_title(kind.name)
+
+    label(figure, axes, "Iteration", "Share of held-out prompts (%)")
+    return Drawn("dnpo-fig1-win-rate", figure, by_iteration(judged, "win"))
+
+
+def dnpo_score(judged: list[Kind]) -> Drawn:
+    """Fig. 5: the average score of the answers, iteration by iteration."""
+    figure, (ax,) = panels(1, 4.2, 3.2)
+    for i, kind in enumerate(judged):
+        mean, deviation = band([iteration_values(run, "score") for run in kind.runs])
+        line(ax, i, kind.name, range(len(mean)), mean, deviation)
+
+    label(figure, [ax], "Iteration", "Average score")
+    return Drawn("dnpo-fig5-score", figure, by_iteration(judged, "score"))
+
+
+def dnpo_ablation(judged: list[Kind]) -> Drawn:
+    """Fig. 8: the average score after the last iteration, with and without DSL and NPO."""
+    numbers = []
+    for paper in ("SPIN", "SPIN + NPO", "SPIN + DSL", "DNPO"):
+        for kind in judged:
+            if paper_name(kind.runs[0]) != paper:
+                continue
+            mean, deviation = band([iteration_values(run, "score")[-1:] for run in kind.runs])
+            numbers.append({"runs": kind.name, "score": mean[0], "std": deviation[0]})
+
+    figure, (ax,) = panels(1, 0.9 * len(judged) + 1.6, 2.9)
+    names = [row["runs"] for row in numbers]
+    scores = [row["score"] for row in numbers]
+    deviations = [row["std"] for row in numbers]
+    bars(ax, names, scores, deviations, "{:.2f}")
+    ax.set_ylabel("Average score, last iteration")
+    return Drawn("dnpo-fig8-ablation", figure, numbers)
+
+
+def dnpo_log_probs(kind: Kind) -> Drawn:
+    """Fig. 2 (SPIN) or 10: log pi of positives, negatives and new answers, a panel an iteration."""
+    last = min(len(run.iterations) for run in kind.runs)
+    figure, axes = panels(last - 1, 2.9)
+    numbers = []
+    for k, ax in enumerate(axes, 1):
+        samples = {}
+        for run in kind.runs:
+            for part, values in logp_samples(run, k).items():
+                samples.setdefault(part, []).extend(values)
+        edges, shares = histogram(samples)
+        for i, (part, share) in enumerate(shares.items()):
+            style = {"color": COLORS[i], "linestyle": DASHES[i], "linewidth": 1.3}
+            ax.stairs(100 * share, edges, label=part, baseline=None, **style)
+
+        new = samples["generated, next iteration"]
+        to_negative = ks_distance(new, samples["negative"])
+        to_positive = ks_distance(new, samples["positive"])
+        distances = f"KS to negatives {to_negative:.2f}, positives {to_positive:.2f}"
+        ax.set_title(f"iteration {k}\n{distances}")
+        numbers.append(
+            {
+                "runs": kind.name,
+                "iteration": k,
+                "KS generated / negative": to_negative,
+                "KS generated / positive": to_positive,
+            }
+        )
+
+    figure.suptitle(kind.name, fontsize=10)
+    label(figure, axes, "Log probability", "Share (%)")
+    number = 2 if paper_name(kind.runs[0]) == "SPIN" else 10
+    return Drawn(f"dnpo-fig{number}-log-probs-{slug(kind.name)}", figure, numbers)
+
+
+def duels_with_spin(judged: list[Kind]) -> list[tuple[str, list]]:
+    """The duels of each kind's runs with the SPIN run of the same seed: (kind's name, duels)."""
+    spins = [kind for kind in judged if paper_name(kind.runs[0]) == "SPIN"]
+    if not spins:
+        return []
+    spin = spins[0]
+    opponents = {run.seed: run for run in spin.runs}
+
+    found = []
+    for kind in judged:
+        if kind is spin:
+            continue
+        runs = [run for run in kind.runs if run.seed in opponents]
+        duels = [duel(run, opponents[run.seed]) for run in runs]
+        duels = [shares for shares in duels if shares]
+        if duels:
+            found.append((kind.name, duels))
+    return found
+
+
+def dnpo_against_spin(duels: list[tuple[str, list]]) -> Drawn:
+    """Fig. 7: how often the answers win, tie and lose against those of SPIN."""
+    figure, axes = panels(len(duels), sharey=True)
+    numbers = []
+    for ax, (name, found) in zip(axes, duels):
+        shares = {}
+        for i, word in enumerate(("win", "tie", "loss")):
+            shares[word], _ = band([[100 * row[i] for row in run] for run in found])
+        iterations = range(len(shares["tie"]))
+        stack(ax, [str(k) for k in iterations], shares)
+
+        gap, _ = band([[win - loss for win, _, loss in run] for run in found])
+        at_end = f"win–loss gap at the end {100 * gap[-1]:+.1f} points"
+        ax.set_title(f"{name} against SPIN\n{at_end}")
+        for k in iterations:
+            numbers.append({"runs": name, "iteration": k, "gap to SPIN": gap[k]})
+
+    label(figure, axes, "Iteration", "Share of held-out prompts (%)")
+    return Drawn("dnpo-fig7-against-spin", figure, numbers)
+
+
+def dnpo_losses(noisy: list[Kind]) -> Drawn:
+    """Fig. 9: the losses of model and noise head over the steps that train both."""
+    metrics = ("loss", "noise/loss")
+    names = ("model loss", "noise loss")
+    figure, axes = panels(len(noisy), 3.8)
+    numbers = []
+    for ax, kind in zip(axes, noisy):
+        found = [curves(run, *metrics) for run in kind.runs]
+        for i, name in enumerate(names):
+            mean, deviation = band([losses[i] for losses in found])
+            line(ax, i, name, range(1, len(mean) + 1), mean, deviation)
+        mark(ax, beginnings(kind.runs[0], *metrics))
+        ax.set_title(kind.name)
+
+        mean, _ = band([model_loss[-1:] for model_loss, _ in found])
+        numbers.append({"runs": kind.name, "model loss at the end": mean[0]})
+
+    label(figure, axes, "Step", "Loss")
+    return Drawn("dnpo-fig9-losses", figure, numbers)
+
+
+# ------------------------------------------------------------------------- TSO
+
+
+def tso_figures(kinds: list[Kind]):
+    """TSO's Figs. 3 and 4 together, and 5 if the scores' spread was measured."""
+    plain = [kind for kind in kinds if paper_name(kind.runs[0]) == "DPO"]
+    clipped = [kind for kind in kinds if paper_name(kind.runs[0]) != "DPO"]
+    order = plain + clipped
+    yield tso_rewards(order)
+
+    measured = []
+    for kind in order:
+        found = [spreads(run) for run in kind.runs]
+        if all(found):
+            measured.append((kind.name, found))
+    if measured:
+        yield tso_scores(measured)
+
+
+def tso_rewards(kinds: list[Kind]) -> Drawn:
+    """Figs. 3 and 4: rewards of both sides, with DPO's loss and with the dual-clip loss."""
+    sides = {"chosen": "positive responses", "rejected": "negative responses"}
+    figure, axes = panels(len(kinds), 3.8, sharey=True)
+    numbers = []
+    for ax, kind in zip(axes, kinds):
+        for i, (side, name) in enumerate(sides.items()):
+            rewards = [curves(run, f"rewards/{side}")[0] for run in kind.runs]
+            mean, deviation = band(rewards)
+            line(ax, i, name, range(1, len(mean) + 1), mean, deviation)
+            numbers.append({"runs": kind.name, "reward of": side, "at the end": mean[-1]})
+        mark(ax, beginnings(kind.runs[0], "rewards/chosen"))
+        number = 3 if paper_name(kind.runs[0]) == "DPO" else 4
+        ax.set_title(f"Fig. {number}: {kind.name}")
+
+    label(figure, axes, "Step", "Reward")
+    return Drawn("tso-fig3-fig4-rewards", figure, numbers)
+
+
+def tso_scores(measured: list[tuple[str, list]]) -> Drawn:
+    """Fig. 5: skewness and kurtosis of the scores of each prompt's answers, a point a prompt."""
+    figure, axes = panels(len(measured), 3.4, 3.2, sharex=True, sharey=True)
+    numbers = []
+    for ax, (kind_name, found) in zip(axes, measured):
+        for i, when in enumerate(found[0]):
+            points = []
+            for spread in found:
+                points.extend(spread[when])
+            ax.scatter(
+                [skewness for skewness, _ in points],
+                [kurtosis for _, kurtosis in points],
+                16,
+                linewidth=0.8,
+                label=f"{when} training",
+                rasterized=True,
+                **POINTS[i],
+            )
+            numbers.append({"runs": kind_name, "when": when, "prompts": len(points)})
+        ax.set_title(kind_name)
+
+    label(figure, axes, "delta (skewness)", "kurtosis_val")
+    return Drawn("tso-fig5-scores", figure, numbers)
+
+
+# ------------------------------------------------------------------------- SamS
+
+
+def sams_figures(kinds: list[Kind]):
+    """SamS: held-out accuracy over updates, flipped pairs that are selected, time and memory."""
+    tasks = by_task(kinds)
+    names = list(dict.fromkeys(kind.name for kind in kinds))
+    yield sams_over_updates("sams-accuracy", "Test accuracy", tasks, names, accuracies)
+
+    flipped = tasks_with_flips(tasks)
+    if flipped:
+        quantity = "Flipped pairs selected"
+        yield sams_over_updates("sams-flipped", quantity, flipped, names, flipped_shares)
+
+    yield sams_cost(kinds, names)
+
+
+def accuracies(run: Run) -> tuple[list[int], list[float]]:
+    """The updates after which the held-out accuracy was measured, and the accuracies."""
+    accuracy, steps = curves(run, "eval/accuracy", "step")
+    return steps, accuracy
+
+
+def flipped_shares(run: Run) -> tuple[range, list[float]]:
+    """All updates, and the shares of flipped pairs that were selected until then."""
+    shares = flipped_selected(run)
+    return range(1, len(shares) + 1), shares
+
+
+def tasks_with_flips(tasks: dict[str, list[Kind]]) -> dict[str, list[Kind]]:
+    """The tasks with flipped pairs, and the kinds that select; DPO takes all pairs."""
+    found = {}
+    for task, kinds in tasks.items():
+        selecting = [kind for kind in kinds if kind.runs[0].config["select"] != "all"]
+        if kinds[0].task["flip"] and selecting:
+            found[task] = selecting
+    return found
+
+
+def sams_over_updates(
+    file: str, quantity: str, tasks: dict[str, list[Kind]], names: list[str], measure
+) -> Drawn:
+    """A panel for each task with a line for each kind of run.
+
+    measure(run) gives updates [T] and the quantity's values [T]; names has the kinds of all tasks,
+    so that a kind looks the same in all panels. The numbers are those of the last update.
+    """
     figure, axes = panels(len(tasks), 3.6, 2.9, 3, sharey=True)
     numbers = []
-    for ax, (task, groups) in zip(axes, tasks.items()):
-        for name, _, runs in groups:
-            mean, deviation = band([100 * np.array(value(run)) for run in runs])
-            line(ax, names.index(name), name, x_of(runs[0])[:len(mean)], mean, deviation)
-            numbers.append({"runs": name, "task": task, quantity: mean[-1], "std": deviation[-1], "seeds": len(runs)})
-        ax.set(xlabel="Updates", ylabel=f"{quantity} (%)" if ax.get_subplotspec().is_first_col() else "", title=task)
-    legend(figure, max(axes, key=lambda ax: len(ax.lines)))
-    return figure, numbers
+    for ax, (task, kinds) in zip(axes, tasks.items()):
+        for kind in kinds:
+            updates, _ = measure(kind.runs[0])
+            mean, deviation = band([percent(measure(run)[1]) for run in kind.runs])
+            line(ax, names.index(kind.name), kind.name, updates[: len(mean)], mean, deviation)
+            numbers.append(
+                {
+                    "runs": kind.name,
+                    "task": task,
+                    quantity: mean[-1],
+                    "std": deviation[-1],
+                    "seeds": len(kind.runs),
+                }
+            )
+        ax.set(xlabel="Updates", title=task)
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel(f"{quantity} (%)")
+
+    fullest = max(axes, key=lambda ax: len(ax.lines))
+    legend(figure, fullest)
+    return Drawn(file, figure, numbers)
 
 
-def sams_figures(groups: list[tuple]):
-    """SamS: held-out accuracy against updates, share of flipped pairs selected, time and memory."""
-    tasks, names = by_task(groups), list(dict.fromkeys(name for name, _, _ in groups))
-    yield "sams-accuracy", *over_updates(tasks, names, "Test accuracy", lambda run: curves(run, "eval/accuracy", "step")[0][1], lambda run: curves(run, "eval/accuracy")[0][0])
+def sams_cost(kinds: list[Kind], names: list[str]) -> Drawn:
+    """Seconds of an update by its parts, and peak memory, over all tasks."""
+    spent = {name: [] for name in names}
+    for kind in kinds:
+        spent[kind.name].extend(costs(run) for run in kind.runs)
 
-    flips = {task: [group for group in some if group[2][0]["config"]["select"] != "all"] for task, some in tasks.items() if some[0][1]["flip"]}  # DPO selects all
-    if flips := {task: some for task, some in flips.items() if some}:
-        yield "sams-flipped", *over_updates(flips, names, "Flipped pairs selected", lambda run: range(1, len(run["metrics"]) + 1), flipped_selected)
+    def means(key: str) -> np.ndarray:
+        return np.array([np.mean([cost[key] for cost in spent[name]]) for name in names])
 
-    spent = {name: [costs(run) for other, _, runs in groups if other == name for run in runs] for name in names}
-    mean = lambda key: np.array([np.mean([cost[key] for cost in spent[name]]) for name in names])
-    seconds = {"training": mean("train"), "scoring pass": mean("score"), "selector": mean("select")}
-    memory = [band([[cost["memory"]] for cost in spent[name]]) for name in names]
+    seconds = {"training": means("train"), "scoring pass": means("score")}
+    seconds["selector"] = means("select")
+    whole = sum(seconds.values())
+    bands = [band([[cost["memory"]] for cost in spent[name]]) for name in names]
+    memory = [mean[0] for mean, _ in bands]
+    deviations = [deviation[0] for _, deviation in bands]
+
     figure, (left, right) = panels(2, 0.55 * len(names) + 2.2, 3.1)
     stack(left, names, seconds, "{:.2f}")
-    bars(right, names, [mean[0] for mean, _ in memory], [deviation[0] for _, deviation in memory], "{:.2f}")
-    left.set(ylabel="Seconds per update")
-    right.set(ylabel="Peak memory (GiB)")
+    bars(right, names, memory, deviations, "{:.2f}")
+    left.set_ylabel("Seconds per update")
+    right.set_ylabel("Peak memory (GiB)")
     legend(figure, left)
-    yield "sams-cost", figure, [{"runs": name, "seconds per update": sum(part[i] for part in seconds.values()), "memory": memory[i][0][0]} for i, name in enumerate(names)]
+
+    numbers = []
+    for i, name in enumerate(names):
+        numbers.append({"runs": name, "seconds per update": whole[i], "memory": memory[i]})
+    return Drawn("sams-cost", figure, numbers)
 
 
-def sweep_figure(files: list[Path]):
-    """bench.py --sweep: seconds and peak memory of a step against sequence length, pairs, the head's chunk, and ranks, whichever the files have."""
-    from matplotlib.ticker import LogLocator
-    names = {"length": "Tokens of a sequence", "pairs": "Pairs of a step", "chunk": "Response tokens of a chunk", "ranks": "Ranks that share the step (FSDP)"}
+# ------------------------------------------------------------------------- bench.py's sweep
+
+SWEEP_AXES = {
+    "length": "Tokens of a sequence",
+    "pairs": "Pairs of a step",
+    "chunk": "Response tokens of a chunk",
+    "ranks": "Ranks that share the step (FSDP)",
+}
+
+
+def sweep_figure(files: list[Path]) -> Drawn:
+    """bench.py --sweep: seconds (above) and peak memory (below) of a step.
+
+    Both are drawn against sequence length, pairs, the head's chunk and ranks, whichever the files
+    have.
+    """
     sweeps = {}
     for file in files:
         try:
-            sweeps |= json.loads(file.read_text())["sweep"]
+            sweeps.update(json.loads(file.read_text())["sweep"])
         except (OSError, ValueError, LookupError):
-            die(f"{file}: no sweep of bench.py")
+            job.die(f"{file}: no sweep of bench.py")
+
     figure, axes = panels(2 * len(sweeps), 3.2, 2.6, len(sweeps), sharey="row")
+    above = axes[: len(sweeps)]
+    below = axes[len(sweeps) :]
+    above[0].set_ylabel("Seconds")
+    below[0].set_ylabel("Peak memory (MiB)")
     numbers = []
     for k, (axis, points) in enumerate(sweeps.items()):
-        x = [int(value) for value in points]
-        for i, row in enumerate(next(iter(points.values()))):
-            for ax, key, name in ((axes[k], "seconds", "Seconds"), (axes[k + len(sweeps)], "peak_mib", "Peak memory (MiB)")):
-                ax.plot(x, [rows[row][key] for rows in points.values()], color=COLORS[i % 8], linestyle=DASHES[i % 6], marker=MARKERS[i % 8], markerfacecolor="white", label=row)
-                ax.set(xscale="log", yscale="log", xlabel=names[axis], ylabel=name if k == 0 else "")
-                ax.set_xticks(x, [str(value) for value in x])
-                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                ax.yaxis.set_major_formatter("{x:g}")
-                ax.minorticks_off()
-            numbers += [{"axis": axis, "value": value, "row": row, "seconds": rows[row]["seconds"], "peak_mib": rows[row]["peak_mib"]} for value, rows in zip(x, points.values())]
+        values = [int(value) for value in points]
+        rows = list(points.values())  # of each value: {method: its costs}
+        for i, method in enumerate(rows[0]):
+            measured = [row[method] for row in rows]
+            seconds = [cost["seconds"] for cost in measured]
+            memory = [cost["peak_mib"] for cost in measured]
+            above[k].plot(values, seconds, label=method, **look(i))
+            below[k].plot(values, memory, label=method, **look(i))
+            for value, cost in zip(values, measured):
+                numbers.append(
+                    {
+                        "axis": axis,
+                        "value": value,
+                        "row": method,
+                        "seconds": cost["seconds"],
+                        "peak_mib": cost["peak_mib"],
+                    }
+                )
+        for ax in (above[k], below[k]):
+            ax.set_xlabel(SWEEP_AXES[axis])
+            scale(ax, values)
+
     legend(figure, axes[0])
-    yield "bench-sweep", figure, numbers
+    return Drawn("bench-sweep", figure, numbers)
+
+
+def scale(ax, values: list[int]):
+    """Logarithmic scales, with a tick at each of the values and at 1, 2 and 5 of every decade."""
+    from matplotlib.ticker import LogLocator
+
+    ax.set(xscale="log", yscale="log")
+    ax.set_xticks(values, [str(value) for value in values])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
+
+
+# ------------------------------------------------------------------------- all that can be drawn
 
 
 def slug(name: str) -> str:
-    return "-".join("".join(x if x.isalnum() else " " for x in name.lower()).split())
+    """A name as part of a file's name: its letters and digits, with hyphens between the words."""
+    words = "".join(x if x.isalnum() else " " for x in name.lower())
+    return "-".join(words.split())
+
+
+def every_figure(sweeps: list[Path], runs: list[Run]):
+    """Yields the figures that the files and the runs have the data for, one after another."""
+    if sweeps:
+        yield sweep_figure(sweeps)
+    figures_of = {"dnpo": dnpo_figures, "tso": tso_figures, "sams": sams_figures}
+    for method, figures in figures_of.items():
+        some = [run for run in runs if run.method == method]
+        if some:
+            yield from figures(group_runs(some))
+
+
+def save(figure, out: Path, name: str):
+    """Writes a figure as SVG and PNG; a kill leaves the old files."""
+    formats = {"svg": {"Date": None}, "png": None}
+    for kind, metadata in formats.items():
+        temporary = out / f"{name}.{kind}.tmp"
+        figure.savefig(temporary, format=kind, metadata=metadata)
+        os.replace(temporary, out / f"{name}.{kind}")
 
 
 def draw(folders: list[str], out: Path):
-    """All figures that the runs have the data for, each as SVG and PNG, and their numbers as tables and in figures.json."""
-    sweeps, folders = ([f for f in dict.fromkeys(folders) if f.endswith(".json") is kind] for kind in (True, False))
-    runs = [read_run(folder) for folder in folders]
-    plt, written = pyplot(), {}
+    """All figures that the runs have the data for, each as SVG and PNG, in the folder `out`.
+
+    Their numbers are printed as tables and written to figures.json. Among the folders may be
+    files of bench.py's sweeps.
+    """
+    specs = list(dict.fromkeys(folders))
+    sweeps = [Path(spec) for spec in specs if spec.endswith(".json")]
+    runs = [read_run(spec) for spec in specs if not spec.endswith(".json")]
+    plt = pyplot()
     out.mkdir(parents=True, exist_ok=True)
-    drawn = [sweep_figure([Path(file) for file in sweeps])] if sweeps else []
-    for method, figures_of in (("dnpo", dnpo_figures), ("tso", tso_figures), ("sams", sams_figures)):
-        if some := [run for run in runs if run["method"] == method]:
-            drawn.append(figures_of(group_runs(some)))
-    for name, figure, numbers in itertools.chain(*drawn):
-        for kind in ("svg", "png"):
-            temporary = out / f"{name}.{kind}.tmp"
-            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
-            os.replace(temporary, out / f"{name}.{kind}")
+
+    written = {}
+    for name, figure, numbers in every_figure(sweeps, runs):
+        save(figure, out, name)
         plt.close(figure)
         written[name] = numbers
-        print(f"{out / name}.svg, .png\n{table(numbers, list(numbers[0]))}\n")
-    write_atomic(out / "figures.json", json.dumps(written, indent=1))
+        print(f"{out / name}.svg, .png")
+        print(job.table(numbers, list(numbers[0])), end="\n\n")
+    job.write_atomic(out / "figures.json", json.dumps(written, indent=1))

@@ -1,35 +1,66 @@
-"""SamS, adaptive batch-wise Sample Scheduling for DPO (arXiv 2506.17252), with DPO (2305.18290), IPO and Selective DPO (2502.09650) beside it.
+"""SamS, adaptive batch-wise Sample Scheduling for DPO (arXiv 2506.17252).
 
-Of every batch of n preference pairs a small learned selector picks the K to train on; DPO's loss is unchanged. A contextual bandit:
-arms = the batch's pairs, context = the policy's hidden states, reward = did training on them help. In round t:
+Of every batch of n preference pairs a small learned selector picks the K to train on; DPO's loss is
+unchanged. The selector is a contextual bandit. Its arms are the batch's pairs, its context is the
+policy's hidden states, and its reward says whether the training helped (rho, one number a round)
+and how clear and how uncertain the pair was (kappa). In round t:
 
-  score    h, m_i, log pi(y_w) of all n pairs, without gradient            m = beta [ log pi/pi_ref(y_w) - log pi/pi_ref(y_l) ]
-  reward   of round t-1, now that its effect is seen ("lagged"):
-           L~_t = mean_i -sigmoid(m_i),   rho = (L~_{t-1} - L~_t) / max(|L~_{t-1}|, |L~_t|),   rho <- (rho + mean of all rho so far) / 2
-           kappa_i = w_m mm(m_i) + w_u (1 - mm(log pi(y_w)_i))             mm: min-max over the batch
+  observe  h_i, m_i and log pi(y_w)_i of all n pairs, without gradient
+           m = beta [ log pi/pi_ref(y_w) - log pi/pi_ref(y_l) ]
+
+  reward   of round t-1, now that its effect is seen ("lagged", Eqs. 6-8):
+           L~_t = mean_i -sigmoid(m_i)
+           rho = (L~_{t-1} - L~_t) / max(|L~_{t-1}|, |L~_t|)
+           rho <- (rho + the mean of all rho so far, this one included) / 2
+           kappa_i = w_m mm(m_i) + w_u (1 - mm(log pi(y_w)_i))        mm: min-max over the batch
            r_i = gamma sigmoid(a rho + b) + (1 - gamma) sigmoid(kappa_i)
-  fit      f1 (exploitation) to (context, r), f2 (exploration) to (f1's activations, r - f1), on round t-1 and replayed rounds
+           with m_i and log pi(y_w)_i in kappa as they were observed in round t-1, before its step
+
+  fit      f1 (exploitation) to (context, r) and f2 (exploration) to (f1's activations, r - f1),
+           on round t-1 and on replayed rounds
+
   select   the K = ceil(ratio n) pairs with the highest f1 + explore f2
-  train    one step on these K alone, loss averaged over K
+
+  train    one step on these K alone, the loss averaged over K
+
+rho and kappa are the paper's batch-level r_B and sample-level r_S before their sigmoid, f1 and f2
+its f_S and f_S'. The same loop trains the baselines: DPO (2305.18290, --select all), IPO (--loss
+ipo) and Selective DPO (2502.09650, --preselect).
 
 Differs from the paper, or is not specified by it (ours unless said):
- 1. Scoring has a pass of its own, without gradient, and forward + backward see the K alone: 1 + 3/2 units of work at K = n/2 where DPO needs 3.
-    The paper keeps the graph of all n and detaches n - K.
- 2. rho's and kappa's formulas, a = 50 and b = 0.5 are the released code's; it divides by a negative number (rho's sign flips), applies the sigmoid
-    twice, and broadcasts its regression target to a matrix. None of that is copied.
- 3. Rewards are given to the K selected pairs only: a bandit sees the arms that it pulls.
- 4. Selector: LayerNorm, Linear to 256, a 2-layer transformer over the layers' tokens, mean; f1 a residual MLP, f2 an MLP on f1's detached activations.
-    (Released code: a 6-layer MiniLM.) Adam, lr 1e-4, a round: four steps, one pass over this and up to 32 earlier rounds.
- 5. Context: the mean over response tokens of each layer's output; `--context mean` averages chosen and rejected as released, and is blind to a swap of
-    the two; `both` adds their difference.
- 6. Reference log-probs are computed once, by the untrained policy in the shapes of the training, kept in a file, and no reference stays in memory.
-    In bf16 a summed log-prob moves by up to a nat with the shape of its batch, hence one pair per forward pass there.
- 7. Selective DPO: difficulty is the loss under a DPO model of the half of the data that doesn't hold the pair; the easiest share is kept.
 
-    python sams.py                                                 # laptop: the toy world, a fifth of the labels flipped
-    python sams.py --preset paper --limit 2000                     # one GPU, a part of the paper's data
-    torchrun --nproc_per_node 8 sams.py                            # the paper's run
+ 1. Observing has a pass of its own, without gradient, and forward + backward see the K alone. With
+    a forward pass over n pairs as the unit, and a backward pass as two, this is 1 + 3/2 units of
+    work at K = n/2, where DPO needs 3. The paper keeps the graph of all n and detaches n - K.
+ 2. The formulas of rho and kappa, the mean of rho, a = 50, b = 0.5, explore = 0.1 and gamma = 0.5
+    are the released code's. It divides by a negative number (rho's sign flips), applies the sigmoid
+    twice, and broadcasts its regression target to a matrix. None of that is copied.
+ 3. Only the K selected pairs get rewards, as in Algorithm 1: a bandit sees the arms that it pulls.
+    App. F.4 and the released code put all n into the pool.
+ 4. The selector is a LayerNorm, a Linear to 256, a 2-layer transformer over the layers' tokens and
+    a mean; f1 is a residual MLP, f2 an MLP on f1's detached activations, and all is trained
+    together by Adam, four steps a round: one pass over this and up to 32 earlier rounds. The
+    paper's is larger: an encoder that is trained beforehand and then frozen (MiniLM), f1 and f2 of
+    16 residual layers, and 32 rounds drawn at random from a pool of 40 000.
+ 5. The context is the mean over response tokens of each layer's output. `--context mean` averages
+    chosen and rejected as released, and is blind to a swap of the two; `both` adds their
+    difference.
+ 6. Reference log-probs are computed once, by the untrained policy in the shapes of the training,
+    and kept in a file; no reference stays in memory. In bf16 a summed log-prob moves by up to a nat
+    with the shape of its batch, hence one pair per forward pass there.
+ 7. The loss is averaged over the K selected; the released code divides by n.
+ 8. Selective DPO: a pair's difficulty is its loss under a DPO model of the half of the data that
+    doesn't hold it; the easiest share is kept. Its authors use three such splits and LoRA, and
+    train from easy to difficult; here it is one split, full weights, and shuffled batches.
+
+Shapes: n pairs of a batch, K selected, B pairs of a micro-batch, S = 2B sequences, T length, L
+layers, D width.
+
+    python sams.py                                     # laptop: the toy world, 20 % labels flipped
+    python sams.py --preset paper --limit 2000         # one GPU, a part of the data
+    torchrun --nproc_per_node 8 sams.py                # the paper's settings, on public pairs
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -38,255 +69,406 @@ import json
 import math
 import os
 import random
-import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
+import common
+import datafiles
+import job
 import toy
-from common import (STOP, Scorer, barrier, collate, die, encode_pairs, fill, hold_out, lm_shapes, load_lm, load_rows, load_state, load_tokenizer, memory_gib,
-                    memory_plan, metric_line, node_mesh, open_run, parse, progress, ranks, read_jsonl, save_checkpoint, save_state, seed_of, stop_on_sigterm,
-                    stopped, sum_ranks, table, torchrun_store, truncate_metrics, write_atomic)
+from common import Model, Pair, Scorer, lm_shapes, load_lm
+
+# ------------------------------------------------------------------------- the equations
 
 
-# ---------------------------------------------------------------- the equations
+# --- same in dnpo.py, tso.py, sams.py: rewards ---
+def implicit_rewards(logps: Tensor, ref_logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """r = beta log pi_theta(y)/pi_ref(y) of the chosen and of the rejected answers.
+
+    logps, ref_logps: [B, 2], chosen and rejected -> [B], [B].
+    """
+    chosen, rejected = (beta * (logps - ref_logps)).unbind(1)
+    return chosen, rejected
+
+
+# --- end: rewards ---
 
 
 def margins(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """m = beta [ log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l) ]. logps, ref_logps: [B, 2], chosen first -> [B]."""
-    chosen, rejected = (beta * (logps - ref_logps)).unbind(1)  # the implicit rewards [B]
+    """m = beta [ log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l) ]. [B, 2], [B, 2] -> [B]."""
+    chosen, rejected = implicit_rewards(logps, ref_logps, beta)
     return chosen - rejected
 
 
-def dpo_losses(margin: Tensor, beta: float) -> Tensor:
-    """DPO, Eq. 7: -log sigmoid(m). [B] -> [B]."""
+def dpo_losses(margin: Tensor) -> Tensor:
+    """-log sigmoid(m), Eq. 7 of the DPO paper. [B] -> [B]."""
     return F.softplus(-margin)
 
 
 def ipo_losses(margin: Tensor, beta: float) -> Tensor:
-    """IPO (arXiv 2310.12036, Eq. 17): (m / beta - 1 / (2 beta))^2. [B] -> [B]."""
+    """(m / beta - 1 / (2 beta))^2, Eq. 17 of the IPO paper (arXiv 2310.12036). [B] -> [B]."""
     return (margin / beta - 1 / (2 * beta)).square()
 
 
 def bounded_loss(margin: Tensor) -> Tensor:
-    """L~ = mean_i -sigmoid(m_i), within [-1, 0]. [n] -> []."""
+    """L~ = mean_i -sigmoid(m_i), which lies in [-1, 0]. [n] -> [].
+
+    The paper compares exponentiated mean DPO losses. For one pair exp(l(m)) = 1 / sigmoid(m), so
+    that the relative gain of L~ is the same number; for a batch it is nearly so (released code).
+    """
     return -margin.sigmoid().mean()
 
 
 def batch_reward(before: float, after: float) -> float:
-    """rho = (L~_t - L~_{t+1}) / max(|L~_t|, |L~_{t+1}|): the relative gain, positive when the loss fell."""
+    """rho = (L~_{t-1} - L~_t) / max(|L~_{t-1}|, |L~_t|), above 0 when the loss fell."""
     return (before - after) / max(abs(before), abs(after))
 
 
 def min_max(x: Tensor) -> Tensor:
-    """(x - min) / (max - min); 0.5 everywhere where all are equal. [n] -> [n]."""
+    """(x - min) / (max - min), and 0.5 everywhere where all are equal. [n] -> [n]."""
     low, high = x.min(), x.max()
-    return (x - low) / (high - low) if high > low else torch.full_like(x, 0.5)
+    if high == low:
+        return torch.full_like(x, 0.5)
+    return (x - low) / (high - low)
 
 
-def sample_reward(margin: Tensor, chosen_logps: Tensor, margin_weight: float = 0.5, uncertainty_weight: float = 0.5) -> Tensor:
-    """kappa = w_m mm(m) + w_u (1 - mm(log pi(y_w))): preference margin and uncertainty. [n], [n] -> [n]."""
-    return margin_weight * min_max(margin) + uncertainty_weight * (1 - min_max(chosen_logps))
+def sample_reward(
+    margin: Tensor,
+    chosen_logps: Tensor,
+    margin_weight: float = 0.5,
+    uncertainty_weight: float = 0.5,
+) -> Tensor:
+    """kappa = w_m mm(m) + w_u (1 - mm(log pi(y_w))): preference margin and uncertainty.
+
+    [n], [n] -> [n].
+    """
+    uncertainty = 1 - min_max(chosen_logps)
+    return margin_weight * min_max(margin) + uncertainty_weight * uncertainty
 
 
-def rewards(rho: float, kappa: Tensor, gamma: float = 0.5, a: float = 50.0, b: float = 0.5) -> Tensor:
+def bandit_rewards(
+    rho: float, kappa: Tensor, gamma: float = 0.5, a: float = 50.0, b: float = 0.5
+) -> Tensor:
     """r = gamma sigmoid(a rho + b) + (1 - gamma) sigmoid(kappa). [], [K] -> [K]."""
-    return gamma * torch.sigmoid(torch.tensor(a * rho + b)).to(kappa) + (1 - gamma) * kappa.sigmoid()
+    of_batch = torch.sigmoid(torch.tensor(a * rho + b)).to(kappa)
+    return gamma * of_batch + (1 - gamma) * kappa.sigmoid()
 
 
-def select(scores: Tensor, k: int, seed: int | None = None) -> list[int]:
-    """Positions of the k highest scores; with a seed, k drawn without replacement with probabilities softmax(scores) (Gumbel-top-k).
-    [n] -> k positions, ascending: k = n trains on the batch as it is."""
+def top_k(scores: Tensor, k: int, seed: int | None = None) -> list[int]:
+    """The places of the k highest scores, in the batch's order, so that k = n changes nothing.
+
+    With a seed, k are drawn without replacement, with probabilities softmax(scores): the k highest
+    of scores + Gumbel noise are such a sample. [n] -> k places.
+    """
     scores = scores.detach().double().cpu()
     if seed is not None:
-        uniform = torch.rand(len(scores), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        scores = scores - (-uniform.log()).log()
-    return sorted(scores.argsort(descending=True, stable=True)[:k].tolist())
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(len(scores), generator=generator, dtype=torch.float64)
+        gumbel = -(-uniform.log()).log()
+        scores = scores + gumbel
+    order = scores.argsort(descending=True, stable=True)
+    return sorted(order[:k].tolist())
+
+
+def selector_loss(f1: Tensor, f2: Tensor, reward: Tensor) -> Tensor:
+    """mean (f1 - r)^2 + mean (f2 - (r - f1))^2, with f1 held in the second. [K] each -> []."""
+    if not f1.shape == f2.shape == reward.shape:
+        shapes = f"{list(f1.shape)}, {list(f2.shape)}, {list(reward.shape)}"
+        raise ValueError(f"shapes {shapes} would broadcast")
+    residual = reward - f1.detach()
+    return (f1 - reward).square().mean() + (f2 - residual).square().mean()
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's: the correlation of the ranks, 0 where one of them is constant. Equal values share a rank. [K], [K] -> []."""
-    rank = lambda x: ((x[:, None] > x).sum(1) + (x[:, None] >= x).sum(1)).double()
-    a, b = rank(a) - rank(a).mean(), rank(b) - rank(b).mean()
-    return (a @ b / (a.norm() * b.norm())).item() if a.norm() * b.norm() > 0 else 0.0
+    """Spearman's: the correlation of the ranks, 0 where one of them is constant. [K], [K] -> []."""
+    a, b = centred_ranks(a), centred_ranks(b)
+    norms = a.norm() * b.norm()
+    return (a @ b / norms).item() if norms > 0 else 0.0
 
 
-# ---------------------------------------------------------------- contexts and the selector
+def centred_ranks(x: Tensor) -> Tensor:
+    """Twice the values' ranks less their mean; equal values share a rank. [K] -> [K].
+
+    A factor does not change a correlation.
+    """
+    below = (x[:, None] > x).sum(1)
+    not_above = (x[:, None] >= x).sum(1)
+    ranks = (below + not_above).double()
+    return ranks - ranks.mean()
+
+
+# ------------------------------------------------------------------------- contexts
 
 
 class PoolingScorer(Scorer):
-    """log pi(y|x) and, when asked, the mean over response tokens of every layer's output. Hooks: one layer's states are alive at a time."""
+    """log pi(y|x) and, when asked, the mean over response tokens of every layer's output.
+
+    Hooks pool each layer's output at once, so that one layer's states are alive at a time.
+    """
 
     def __init__(self, lm):
         super().__init__(lm)
-        self.mask, self.pooled = None, {}
+        self.mask, self.pooled = None, {}  # the mask is set during a pass to be pooled
         for i, layer in enumerate(lm.model.layers):
             layer.register_forward_hook(functools.partial(self.pool, i))
 
     def pool(self, i: int, layer, args, out):
-        if self.mask is not None:
-            states = (out[0] if isinstance(out, tuple) else out).float()  # [S, T, D]
-            self.pooled[i] = (states * self.mask[..., None]).sum(1) / self.mask.sum(1, keepdim=True)
+        if self.mask is None:
+            return
+        states = out[0] if isinstance(out, tuple) else out  # [S, T, D]
+        summed = (states.float() * self.mask[..., None]).sum(1)  # [S, D]
+        self.pooled[i] = summed / self.mask.sum(1, keepdim=True)
 
-    def forward(self, ids: Tensor, mask: Tensor, pool: bool = False) -> tuple[Tensor, Tensor | None]:
-        """ids, mask [S, T] -> log pi(y|x) [S] and, if pool, states [S, L, D] in fp32."""
-        self.mask, self.pooled = (mask if pool else None), {}
+    def forward(
+        self, ids: Tensor, mask: Tensor, pool: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """log pi(y|x) [S] and, if pool, states [S, L, D] in fp32. ids, mask: [S, T]."""
+        self.mask = mask if pool else None
+        self.pooled = {}
         logps = super().forward(ids, mask)
         self.mask = None
-        return logps, torch.stack([self.pooled.pop(i) for i in range(len(self.lm.model.layers))], 1) if pool else None
+        if not pool:
+            return logps, None
+        layers = [self.pooled.pop(i) for i in range(len(self.lm.model.layers))]
+        return logps, torch.stack(layers, 1)
 
 
 def context(pooled: Tensor, kind: str) -> Tensor:
-    """Pooled states of both sides -> a pair's context: their mean, or mean and difference. [2B, L, D], chosen first -> [B, L, D] or [B, L, 2D]."""
+    """A pair's context: the mean of both sides' states, with kind "both" their difference too.
+
+    pooled: [2B, L, D], chosen first -> [B, L, D] or [B, L, 2D].
+    """
     chosen, rejected = pooled.chunk(2)
     mean = (chosen + rejected) / 2
     return mean if kind == "mean" else torch.cat([mean, chosen - rejected], -1)
 
 
+# ------------------------------------------------------------------------- the selector
+
+
 class Selector(nn.Module):
-    """f1, exploitation: contexts -> predicted reward; f2, exploration: f1's activations -> predicted residual of f1."""
+    """f1, exploitation: contexts -> reward. f2, exploration: f1's activations -> its residual."""
 
     def __init__(self, layers: int, width: int, inner: int = 256):
         super().__init__()
-        block = nn.TransformerEncoderLayer(inner, 4, 2 * inner, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        block = nn.TransformerEncoderLayer(
+            d_model=inner,
+            nhead=4,
+            dim_feedforward=2 * inner,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        norm = nn.LayerNorm(inner)
         self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner))
-        self.layer = nn.Parameter(torch.zeros(layers, inner))
-        self.encoder = nn.TransformerEncoder(block, 2, norm=nn.LayerNorm(inner), enable_nested_tensor=False)
+        self.layer = nn.Parameter(torch.zeros(layers, inner))  # tells the layers apart
+        self.encoder = nn.TransformerEncoder(block, 2, norm=norm, enable_nested_tensor=False)
         self.residual = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, inner))
         self.exploit = nn.Linear(inner, 1)
         self.explore = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, 1))
 
     def forward(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, L, D] -> f1 [n], f2 [n]. f2 sends no gradient into f1."""
-        h = self.encoder(self.read(contexts) + self.layer).mean(1)  # [n, inner]
-        u = h + self.residual(h)
-        return self.exploit(u)[:, 0], self.explore(u.detach())[:, 0]
-
-
-def selector_loss(exploit: Tensor, explore: Tensor, reward: Tensor) -> Tensor:
-    """mean (f1 - r)^2 + mean (f2 - (r - f1))^2, f1 held in the second. [K], [K], [K] -> []."""
-    if not exploit.shape == explore.shape == reward.shape:
-        raise ValueError(f"shapes {list(exploit.shape)}, {list(explore.shape)}, {list(reward.shape)} would broadcast")
-    return (exploit - reward).square().mean() + (explore - (reward - exploit.detach())).square().mean()
+        """f1 [n] and f2 [n] of contexts [n, L, D]. f2 sends no gradient into f1."""
+        tokens = self.read(contexts) + self.layer  # [n, L, inner]
+        h = self.encoder(tokens).mean(1)  # [n, inner]
+        u = h + self.residual(h)  # [n, inner]
+        f1 = self.exploit(u)[:, 0]
+        f2 = self.explore(u.detach())[:, 0]
+        return f1, f2
 
 
 class Bandit:
-    """The selector with its lagged training. Every rank holds the same one and sees the same numbers."""
+    """The selector with its lagged training. All ranks hold the same one and see the same numbers.
+
+    layers, width: the L and D of the contexts.
+    """
 
     def __init__(self, layers: int, width: int, c, device):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(c.seed, "selector"))
+        with torch.random.fork_rng(devices=[]):  # nobody else's random numbers change
+            torch.manual_seed(job.seed_of(c.seed, "selector"))
             self.selector = Selector(layers, width).to(device)
         self.optimizer = torch.optim.Adam(self.selector.parameters(), lr=c.selector_lr)
         self.c, self.device = c, device
-        self.pending = None  # the last round, whose effect is not yet seen: its selected pairs' contexts, kappa and predictions, and its L~
-        self.replay = deque(maxlen=1 + c.replay)  # (contexts [K, L, D], rewards [K]) of the newest rounds
+        # the last round, whose effect is not yet seen: its selected pairs' contexts, kappa and
+        # predictions, and its L~
+        self.pending = None
+        self.replay = deque(maxlen=1 + c.replay)  # (contexts [K, L, D], rewards [K]), newest rounds
         self.rho_sum, self.rounds = 0.0, 0
 
-    def round(self, contexts: Tensor, margin: Tensor, chosen_logps: Tensor, k: int, seed: int | None) -> tuple[list[int], dict]:
-        """One round: learn from the last one, then pick k of n. contexts [n, L, D], margin, chosen_logps [n] -> positions, what to log."""
-        now, log = bounded_loss(margin).item(), {}
-        if self.pending:
-            log = self.learn(now)
-        with torch.no_grad():
-            exploit, explore = self.selector(contexts)
-            scores = exploit + self.c.explore * explore
-        if dist.is_initialized():
-            dist.broadcast(scores, 0)  # ranks on unlike hardware must not round their way to unlike choices
-        at = select(scores, k, seed)
-        kappa = sample_reward(margin, chosen_logps, self.c.margin_weight, self.c.uncertainty_weight)
-        self.pending = {"contexts": contexts[at], "kappa": kappa[at], "predicted": exploit[at], "loss": now}
-        return at, log
+    def round(
+        self, contexts: Tensor, margin: Tensor, chosen_logps: Tensor, k: int, seed: int | None
+    ) -> tuple[list[int], dict]:
+        """Learns from the last round, then picks k of n: greedily, or by softmax with a seed.
 
-    def learn(self, now: float) -> dict:
-        """The last round's rewards, now that its effect on the bounded loss is seen, and a few steps on them and on replayed rounds."""
-        last, rho = self.pending, batch_reward(self.pending["loss"], now)
-        self.rho_sum, self.rounds = self.rho_sum + rho, self.rounds + 1
-        reward = rewards((rho + self.rho_sum / self.rounds) / 2, last["kappa"], self.c.gamma)
+        contexts: [n, L, D], margin and chosen_logps: [n]. Returns the k places, and what to log.
+        """
+        now = bounded_loss(margin).item()
+        learned = self.learn(now) if self.pending else {}
+        with torch.no_grad():
+            f1, f2 = self.selector(contexts)
+            scores = f1 + self.c.explore * f2
+        if dist.is_initialized():
+            dist.broadcast(scores, 0)  # rank 0 decides: other hardware may round differently
+        places = top_k(scores, k, seed)
+
+        weights = self.c.margin_weight, self.c.uncertainty_weight
+        kappa = sample_reward(margin, chosen_logps, *weights)
+        self.pending = {
+            "contexts": contexts[places],
+            "kappa": kappa[places],
+            "predicted": f1[places],
+            "loss": now,
+        }
+        return places, learned
+
+    def learn(self, now: float) -> dict[str, float]:
+        """Rewards the last round, now that its effect on the bounded loss is seen, and fits to it.
+
+        Returns what to log: how the predictions compare with the rewards that came.
+        """
+        last = self.pending
+        rho = batch_reward(last["loss"], now)
+        self.rho_sum += rho
+        self.rounds += 1
+        smoothed = (rho + self.rho_sum / self.rounds) / 2
+        reward = bandit_rewards(smoothed, last["kappa"], self.c.gamma)
         self.replay.append((last["contexts"], reward))
-        order = random.Random(seed_of(self.c.seed, "replay", self.rounds)).sample(list(self.replay), len(self.replay))
-        for i in range(min(self.c.fit_steps, len(order))):  # one pass over these rounds
-            x, r = (torch.cat(parts) for parts in zip(*order[i::self.c.fit_steps]))
-            loss = selector_loss(*self.selector(x), r)
+        loss = self.fit()
+
+        predicted = last["predicted"]
+        return {
+            "selector/rho": rho,
+            "selector/reward": reward.mean().item(),
+            "selector/predicted": predicted.mean().item(),
+            "selector/error": (predicted - reward).square().mean().sqrt().item(),
+            "selector/rank_correlation": rank_correlation(predicted, reward),
+            "selector/fit": loss,
+        }
+
+    def fit(self) -> float:
+        """One pass over the rounds in the replay, in fit_steps steps; returns the last loss."""
+        rng = random.Random(job.seed_of(self.c.seed, "replay", self.rounds))
+        order = rng.sample(list(self.replay), len(self.replay))
+        for i in range(min(self.c.fit_steps, len(order))):
+            some = order[i :: self.c.fit_steps]
+            contexts = torch.cat([contexts for contexts, _ in some])
+            reward = torch.cat([reward for _, reward in some])
+            f1, f2 = self.selector(contexts)
+            loss = selector_loss(f1, f2, reward)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-        return {"selector/rho": rho, "selector/reward": reward.mean().item(), "selector/predicted": last["predicted"].mean().item(),
-                "selector/error": (last["predicted"] - reward).square().mean().sqrt().item(), "selector/rank_correlation": rank_correlation(last["predicted"], reward),
-                "selector/fit": loss.item()}
+        return loss.item()
 
     def state(self) -> dict:
         """All that a resumed run needs, as tensors and numbers."""
-        return {"selector": self.selector.state_dict(), "optimizer": self.optimizer.state_dict(), "pending": self.pending, "replay": list(self.replay),
-                "rho_sum": self.rho_sum, "rounds": self.rounds}
+        return {
+            "selector": self.selector.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pending": self.pending,
+            "replay": list(self.replay),
+            "rho_sum": self.rho_sum,
+            "rounds": self.rounds,
+        }
 
     def restore(self, state: dict):
-        move = lambda x: x.to(self.device) if isinstance(x, Tensor) else x
+        """Takes on what state() has returned."""
         self.selector.load_state_dict(state["selector"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.pending = state["pending"] and {k: move(v) for k, v in state["pending"].items()}
-        self.replay.extend((move(x), move(r)) for x, r in state["replay"])
+        self.pending = state["pending"]
+        if self.pending:
+            for name in ("contexts", "kappa", "predicted"):
+                self.pending[name] = self.pending[name].to(self.device)
+        for contexts, reward in state["replay"]:
+            self.replay.append((contexts.to(self.device), reward.to(self.device)))
         self.rho_sum, self.rounds = state["rho_sum"], state["rounds"]
 
     def nbytes(self) -> int:
-        """Bytes of weights, Adam's two moments, gradients and replay."""
-        return sum(4 * 4 * p.numel() for p in self.selector.parameters()) + sum(x.nbytes for x, _ in self.replay)
+        """Bytes of weights, gradients, Adam's two moments, and of the replay's contexts."""
+        weights = sum(p.numel() for p in self.selector.parameters())
+        return 4 * 4 * weights + sum(contexts.nbytes for contexts, _ in self.replay)
 
 
-# ---------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True)
 class Config:
-    # the method
-    select: Literal["topk", "sample", "random", "margin", "all", "oracle"] = "topk"  # K highest scores; drawn by softmax(score); any K; K highest margins; plain DPO; unflipped first (a ceiling)
+    """Every field is a flag, its comment the flag's help. The defaults are the paper's preset."""
+
+    # -- the method
+    # topk: the K highest scores; sample: drawn by softmax(score); random: any K; margin: the K
+    # highest margins; all: no selection, plain DPO; oracle: unflipped pairs first (a ceiling)
+    select: Literal["topk", "sample", "random", "margin", "all", "oracle"] = "topk"
     ratio: float = 0.5  # K / n
-    gamma: float = 0.5  # share of the batch's reward in a pair's
+    gamma: float = 0.5  # weight of rho in a pair's reward; kappa has the rest
     margin_weight: float = 0.5  # weight of the preference margin in kappa
-    uncertainty_weight: float = 0.5  # weight of 1 - log pi(y_w) in kappa
+    uncertainty_weight: float = 0.5  # weight of 1 - mm(log pi(y_w)) in kappa
     explore: float = 0.1  # weight of f2 in the score
     replay: int = 32  # earlier rounds that the selector is fitted on too
-    context: Literal["mean", "both"] = "mean"  # what the selector sees of a pair: mean of chosen and rejected states, or their difference too
+    # what the selector sees of a pair: mean of chosen and rejected states, or their difference too
+    context: Literal["mean", "both"] = "mean"
     selector_lr: float = 1e-4  # learning rate of the selector
     fit_steps: int = 4  # the selector's Adam steps a round
-    preselect: float = 1.0  # Selective DPO: first keep this share of the pairs, the easiest by cross-fitted validation loss
+    # Selective DPO: first keep this share of the pairs, the easiest by cross-fitted validation loss
+    preselect: float = 1.0
     loss: Literal["dpo", "ipo"] = "dpo"  # of the training
     beta: float = 0.01  # strength of the pull to the reference
-    # data
-    model: str = "meta-llama/Meta-Llama-3-8B-Instruct"  # model folder or Hub id to start from; also the reference
-    data: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # preference pairs: .jsonl, .json or .parquet file, or Hub id[:SPLIT]
-    test: str | None = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"  # held-out pairs (without it: a tenth of --data, by a hash of the prompt)
+
+    # -- data
+    # model folder or Hub id to start from; also the reference
+    model: str = "meta-llama/Meta-Llama-3-8B-Instruct"
+    # preference pairs: .jsonl, .json or .parquet file, or Hub id[:SPLIT]
+    data: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
+    # held-out pairs (without it: a tenth of --data, by a hash of the prompt)
+    test: str | None = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"
     limit: int | None = None  # use the first LIMIT training pairs
     test_pairs: int = 1000  # held-out pairs to measure on
     flip: float = 0.0  # share of the training pairs whose labels are swapped, to see who notices
     max_prompt: int = 512  # tokens; a longer prompt is left out and counted
-    max_response: int = 512  # tokens; a longer answer is cut, and gets no end-of-sequence token
-    # optimisation
+    # tokens; a longer answer is cut, and gets no end-of-sequence token
+    max_response: int = 512
+
+    # -- optimisation
     lr: float = 1e-6  # peak learning rate
-    warmup: float = 0.1  # share of the steps in which the learning rate rises; then it falls as a cosine
+    # share of the steps in which the learning rate rises; then it falls as a cosine
+    warmup: float = 0.1
     epochs: int = 1  # passes over the pairs
     batch: int = 64  # pairs to select from per optimizer step, over all ranks (n)
-    micro_batch: int = 1  # pairs per forward pass and rank; changes memory, not results; 1 in bf16
+    # pairs per forward pass and rank; changes memory, not results; 1 in bf16
+    micro_batch: int = 1
     sort_by_length: bool = True  # within a step: less padding, the same step
     clip: float = 1.0  # gradient norm is clipped to this
     max_steps: int | None = None  # stop after this many optimizer steps
     seed: int = 0  # of order, flips, selector and selection
-    # system
-    preset: Literal["toy", "paper"] = "paper"  # all other defaults; unset: paper under CUDA, else toy
-    parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "fsdp"  # under torchrun: replicate the model, shard it, or shard it inside a node and replicate across
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights and optimizer stay in float32
+
+    # -- system
+    # all other defaults; unset: paper under CUDA, else toy
+    preset: Literal["toy", "paper"] = "paper"
+    # under torchrun: replicate the model, shard it, or shard it inside a node and replicate across
+    parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "fsdp"
+    # of the computation; weights and optimizer stay in float32
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     activation_checkpointing: bool = True  # recompute activations in the backward pass
     save_every: int = 50  # optimizer steps between training states
     eval_every: int = 50  # optimizer steps between measurements on held-out pairs
@@ -294,74 +476,583 @@ class Config:
     out: str = "runs/sams"  # folder of the run
     resume: bool = False  # go on with the run in --out
     overwrite: bool = False  # delete the run in --out and begin again
-    dry_run: bool = False  # check everything, show the plan and one example, and stop before any model is loaded
+    # check everything, show the plan and one example, and stop before any model is loaded
+    dry_run: bool = False
 
     def __post_init__(self):
-        for name in ("beta", "lr", "selector_lr", "fit_steps", "batch", "micro_batch", "save_every", "eval_every", "max_prompt", "max_response", "test_pairs", "epochs", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
-        for name in ("warmup", "replay", "explore", "margin_weight", "uncertainty_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} must not be negative, not {getattr(self, name)}")
-        for name, low in (("ratio", 0), ("preselect", 0), ("gamma", -1), ("flip", -1)):
-            if not max(low, 0) <= getattr(self, name) <= 1 or getattr(self, name) == low:
-                raise ValueError(f"--{name} must be {'above' if low == 0 else 'at least'} 0 and at most 1, not {getattr(self, name)}")
-        for name in ("limit", "max_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
+        job.check_positive(self, "beta", "lr", "selector_lr", "fit_steps", "batch", "micro_batch")
+        job.check_positive(self, "save_every", "eval_every", "max_prompt", "max_response")
+        job.check_positive(self, "test_pairs", "epochs", "clip")
+        job.check_not_negative(self, "warmup", "replay", "explore", "margin_weight")
+        job.check_not_negative(self, "uncertainty_weight")
+        for name in ("ratio", "preselect"):
+            if not 0 < getattr(self, name) <= 1:
+                value = getattr(self, name)
+                raise ValueError(f"--{name} must be above 0 and at most 1, not {value}")
+        for name in ("gamma", "flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                value = getattr(self, name)
+                raise ValueError(f"--{name} must be at least 0 and at most 1, not {value}")
+        job.check_positive(self, "limit", "max_steps")
 
 
-TOY = dict(model="runs/toy/sft", data="runs/toy/pairs.jsonl", test=None, flip=0.2, gamma=0.2, margin_weight=1.0, uncertainty_weight=0.0, context="both", selector_lr=1e-3,
-           max_response=64, beta=0.1, lr=1e-4, micro_batch=32, sort_by_length=False, parallel="ddp", dtype="float32", activation_checkpointing=False, eval_every=25)
+# gamma, the two weights, context and selector_lr were chosen on another toy world (seed 1)
+TOY = {
+    "model": "runs/toy/sft",
+    "data": "runs/toy/pairs.jsonl",
+    "test": None,
+    "flip": 0.2,
+    "gamma": 0.2,
+    "margin_weight": 1.0,
+    "uncertainty_weight": 0.0,
+    "context": "both",
+    "selector_lr": 1e-3,
+    "max_response": 64,
+    "beta": 0.1,
+    "lr": 1e-4,
+    "micro_batch": 32,
+    "sort_by_length": False,
+    "parallel": "ddp",
+    "dtype": "float32",
+    "activation_checkpointing": False,
+    "eval_every": 25,
+}
+# what may change between a run and its --resume
+MAY_CHANGE = ("out", "resume", "overwrite", "parallel", "micro_batch", "save_every", "reference")
 
 
-# --- same in dnpo.py, tso.py, sams.py: setup ---
-def setup(c) -> torch.device:
-    """Joins the process group if torchrun started us, picks the device, and makes the toy world if it is asked for and missing."""
-    cuda, under_torchrun = torch.cuda.is_available(), "RANK" in os.environ
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if under_torchrun:
-        if c.parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
-            die("--parallel none trains on one process: start it without torchrun, or use --parallel ddp or fsdp")
-        if cuda:
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo", **torchrun_store())
-    stop_on_sigterm()
-    if c.batch % ranks()[1] or c.batch // ranks()[1] % min(c.micro_batch, c.batch // ranks()[1]):
-        die(f"--batch {c.batch} can't be divided by {ranks()[1]} ranks x --micro_batch {c.micro_batch}")
-    if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
-        if ranks()[0] == 0:
-            toy.make(Path("runs/toy"))
-        barrier()
-    return device
-# --- end: setup ---
+# ------------------------------------------------------------------------- the run
+
+
+class Data(NamedTuple):
+    """Preference pairs with what belongs to each of them.
+
+    An index counts in these lists; a place counts in one batch.
+    """
+
+    pairs: list[Pair]
+    ref_logps: Tensor  # log pi_ref of chosen and rejected [n, 2]
+    flipped: list[bool]  # whose labels were swapped on purpose
+
+    def take(self, indices: list[int]) -> Data:
+        """The pairs `indices`, with theirs."""
+        pairs = [self.pairs[i] for i in indices]
+        flipped = [self.flipped[i] for i in indices]
+        return Data(pairs, self.ref_logps[indices], flipped)
+
+
+def main():
+    c = job.parse(Config, {"toy": TOY, "paper": {}})
+    if c.dtype == "bfloat16" and c.micro_batch > 1:
+        job.die(
+            "--dtype bfloat16 needs --micro_batch 1: there a log-prob depends on the shape of its "
+            "batch, and reference and policy must be scored in the same"
+        )
+    device = setup(c)
+    start, pairs, flipped, held_pairs = prepare(c, device)
+    if c.dry_run:
+        return
+    out = job.open_run(c, [c.data, c.test], MAY_CHANGE)
+    started = time.time()
+
+    # the reference's log-probs, once: no reference stays in memory
+    data = Data(pairs, reference_logps(c, start, pairs), flipped)
+    held = Data(held_pairs, reference_logps(c, start, held_pairs), [False] * len(held_pairs))
+
+    # Selective DPO, if asked for
+    if c.preselect < 1:
+        data = data.take(easiest(c, data, held, start, out))
+
+    # train on the selected pairs of every batch
+    if not (out / "checkpoint").exists():
+        train(c, c.select, data, held, start, out)
+    report(c, out, started)
+    job.leave()
+
+
+# these ways to select need not look at the batch
+BLIND = ("all", "random", "oracle")
+
+
+def train(c, how: str, data: Data, held: Data, start: Model, folder: Path):
+    """Trains the policy from `start` on the pairs that `how` picks, into folder/checkpoint.
+
+    how: one of --select. Training states go to folder/state.pt, lines to folder/metrics.jsonl.
+    """
+    device = start.device
+    policy = shard(PoolingScorer, start.path, c, device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
+    bandit = make_bandit(c, policy, device) if how in ("topk", "sample") else None
+    sizes = [pair.tokens for pair in data.pairs] if c.sort_by_length else None
+    steps = step_order(len(data.pairs), c, c.seed, "order", sizes=sizes)
+    parts = {"policy": (policy, optimizer)}  # what a training state holds,
+    keeps = {"bandit": bandit} if bandit else {}  # and what else
+    file, note = folder / "metrics.jsonl", folder.name
+    run = job.TrainingRun(c, folder, steps, parts, device, metrics=file, note=note, keeps=keeps)
+
+    for step in run:  # goes on after a kill, ends on SIGTERM
+        batch = steps[step]
+        started = time.time()
+
+        # observe
+        seen = None
+        if how not in BLIND:
+            kind = c.context if bandit else None
+            seen = observe(c, policy, data.pairs, batch, device, kind)
+        observed = time.time()
+
+        # reward the last picks and fit to them (Bandit.learn: Eqs. 6-8, batch_reward); then select
+        places, learned = pick(c, how, data.take(batch), seen, bandit, step)
+        selected = [batch[place] for place in places]
+        picked = time.time()
+
+        # train on these alone
+        sums = descend(c, policy, data, selected, device)
+        lr = c.lr * lr_factor(step, len(steps), c.warmup)
+        norm = take_step(optimizer, lr, c.clip)
+
+        metrics = run.reduce(step, sums, [data.pairs[i].id for i in selected])
+        metrics.update(learned)
+        metrics.update(selection_metrics(c, data, batch, places, seen))
+        metrics.update(selection_costs(observed - started, picked - observed, bandit))
+        if (step + 1) % c.eval_every == 0 or step + 1 == len(steps):
+            metrics.update(measure(c, policy, held, device))
+        run.write(step, metrics, lr=lr, grad_norm=norm)
+    job.save_checkpoint(folder / "checkpoint", policy, start.tok, start.path)
+
+
+class Seen(NamedTuple):
+    """What a forward pass without gradient shows of n pairs."""
+
+    logps: Tensor  # log pi of chosen and rejected [n, 2]
+    contexts: Tensor | None  # [n, L, D], if asked for
+
+
+@torch.no_grad()
+def observe(
+    c, policy: nn.Module, pairs: list[Pair], indices: list[int], device, kind: str | None = None
+) -> Seen:
+    """Log-probs, and with a kind of `context` the contexts, of the pairs `indices`.
+
+    Each rank looks at its share, and every rank gets all.
+    """
+    logps, contexts = [], []
+    for some, _ in micro_batches(indices, c):
+        ids, mask = common.collate_pairs([pairs[i] for i in some], device)
+        with autocast(c, device, policy):
+            some_logps, pooled = policy(ids, mask, kind is not None)
+        logps.append(common.by_pair(some_logps))
+        if kind:
+            contexts.append(context(pooled, kind))
+    n = len(indices)
+    all_logps = gather(torch.cat(logps), n)
+    all_contexts = gather(torch.cat(contexts), n) if kind else None
+    return Seen(all_logps, all_contexts)
+
+
+def gather(share: Tensor, n: int) -> Tensor:
+    """All ranks' shares in the order of the batch, without fillers. [places, ...] -> [n, ...].
+
+    micro_batches gives rank r the places r, r + world, r + 2 world, ..., so that the j-th of its
+    share is place j * world + r of the batch.
+    """
+    shares = [share]
+    if dist.is_initialized():
+        shares = [torch.empty_like(share) for _ in range(job.world_size())]
+        dist.all_gather(shares, share)
+    return torch.stack(shares, 1).flatten(0, 1)[:n]
+
+
+def make_bandit(c, policy: nn.Module, device) -> Bandit:
+    """A new bandit for contexts of this policy."""
+    lm = getattr(policy, "module", policy).lm  # DDP holds the scorer as .module
+    width = lm.config.hidden_size
+    if c.context == "both":
+        width *= 2
+    return Bandit(len(lm.model.layers), width, c, device)
+
+
+def pick(
+    c, how: str, batch: Data, seen: Seen | None, bandit: Bandit | None, step: int
+) -> tuple[list[int], dict]:
+    """Picks K of the n pairs of a batch, as --select says.
+
+    Returns their places in the batch, and what the bandit has to log. A new way to select is a
+    branch here and a word in Config.select.
+    """
+    n = len(batch.pairs)
+    k, seed = math.ceil(c.ratio * n), job.seed_of(c.seed, "select", step)
+    if how == "all":
+        return list(range(n)), {}
+    if how == "random":
+        return top_k(torch.zeros(n), k, seed), {}  # equal scores: any k
+    if how == "oracle":
+        # -100 outweighs any Gumbel noise: the unflipped first, at random among them
+        return top_k(-100.0 * torch.tensor(batch.flipped), k, seed), {}
+
+    margin = margins(seen.logps, batch.ref_logps, c.beta)
+    if how == "margin":
+        return top_k(margin, k), {}
+    if how == "topk":
+        seed = None  # greedy; `sample` draws k without replacement, by softmax(scores)
+    return bandit.round(seen.contexts, margin, seen.logps[:, 0], k, seed)
+
+
+def descend(c, policy: nn.Module, data: Data, indices: list[int], device) -> dict[str, Tensor]:
+    """Adds the gradient of the mean loss over the pairs `indices`, which all ranks share.
+
+    Returns this rank's part of the pairs' mean metrics.
+    """
+    n = len(indices)  # of the whole step: every rank knows all rows
+    sums = {}
+    micros = micro_batches(indices, c)
+    for j, (some, weights) in enumerate(micros):
+        ids, mask = common.collate_pairs([data.pairs[i] for i in some], device)  # [2B, T]
+        weight = torch.tensor(weights, device=device)  # [B]
+        ref_logps = data.ref_logps[some]  # [B, 2]
+
+        with no_sync(policy, last=j + 1 == len(micros)):
+            with autocast(c, device, policy):
+                logps, _ = policy(ids, mask)
+            logps = common.by_pair(logps)  # [B, 2]
+            chosen, rejected = implicit_rewards(logps, ref_logps, c.beta)
+            losses = losses_of(c, chosen - rejected)
+            loss = (weight * losses).sum() / n
+            (loss * job.world_size()).backward()  # summed over ranks: DDP and FSDP average
+
+        values = common.preference_metrics(losses, chosen, rejected, logps)
+        common.add_weighted(sums, values, weight, n)
+    return sums
+
+
+def losses_of(c, margin: Tensor) -> Tensor:
+    """The losses of --loss. [B] -> [B]."""
+    if c.loss == "ipo":
+        return ipo_losses(margin, c.beta)
+    return dpo_losses(margin)
+
+
+def selection_metrics(
+    c, data: Data, batch: list[int], places: list[int], seen: Seen | None
+) -> dict:
+    """Who was in the batch and who was picked: flips, lengths, and margins if they were seen."""
+    selected = [batch[place] for place in places]
+    unselected = sorted(set(batch) - set(selected))
+    metrics = {
+        "batch/pairs": len(batch),
+        "batch/flipped": sum(data.flipped[i] for i in batch),
+        "selected/pairs": len(selected),
+        "selected/indices": selected,
+        "selected/flipped": sum(data.flipped[i] for i in selected),
+        "selected/length": mean_length(data.pairs, selected),
+        "unselected/length": mean_length(data.pairs, unselected),
+    }
+    if seen:
+        margin = margins(seen.logps, data.ref_logps[batch], c.beta)
+        mask = torch.zeros(len(batch), dtype=torch.bool, device=margin.device)
+        mask[places] = True
+        metrics["selected/margin"] = mean_of(margin[mask])
+        metrics["unselected/margin"] = mean_of(margin[~mask])
+    return metrics
+
+
+def mean_length(pairs: list[Pair], indices: list[int]) -> float:
+    """Mean tokens of both answers of the pairs `indices`, 0 if there are none."""
+    tokens = sum(len(pairs[i].chosen) + len(pairs[i].rejected) for i in indices)
+    return tokens / max(1, len(indices))
+
+
+def mean_of(x: Tensor) -> float:
+    """The mean, 0 of no values."""
+    return x.mean().item() if len(x) else 0.0
+
+
+def selection_costs(observing: float, picking: float, bandit: Bandit | None) -> dict:
+    """What the selection cost, in seconds, and in bytes for the bandit."""
+    return {
+        "score_seconds": observing,
+        "selector/seconds": picking,
+        "selector/bytes": bandit.nbytes() if bandit else 0,
+    }
+
+
+def measure(c, policy: nn.Module, held: Data, device) -> dict[str, float]:
+    """Preference accuracy and implicit rewards on held-out pairs."""
+    everything = list(range(len(held.pairs)))
+    logps, _ = observe(c, policy, held.pairs, everything, device)
+    chosen, rejected = implicit_rewards(logps, held.ref_logps, c.beta)
+    return {
+        "eval/accuracy": (chosen > rejected).double().mean().item(),
+        "eval/chosen_reward": chosen.mean().item(),
+        "eval/rejected_reward": rejected.mean().item(),
+        "eval/margin": (chosen - rejected).mean().item(),
+    }
+
+
+# ------------------------------------------------------------------------- frozen models
+
+
+def reference_logps(c, model: Model, pairs: list[Pair]) -> Tensor:
+    """log pi_ref [n, 2] of the pairs, in a file in the folder --reference, which runs share.
+
+    The file is named after the model and its weights, the token ids of prompts and answers (so data
+    and template too), and the number format: where one of these changes, another file is made.
+    """
+    folder = Path(model.path)
+    if folder.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    else:
+        _, config = common.load_tokenizer(model.path)
+        weights = getattr(config, "_commit_hash", None)
+    ids = [job.seed_of(tuple(pair[:3])) for pair in pairs]
+    key = job.seed_of(model.path, weights, c.dtype, *ids)
+    return logps_in_file(c, Path(c.reference) / f"{key:016x}.jsonl", model, pairs, "reference")
+
+
+def logps_in_file(c, file: Path, model: Model, pairs: list[Pair], note: str) -> Tensor:
+    """log pi [n, 2] of all pairs under a frozen model, in `file`.
+
+    It is made on first use, in the shapes of the training, and goes on after a kill. It is not a
+    job.phase, since under FSDP all ranks work on every batch together.
+    """
+    device = model.device
+    part = file.with_name(f"{file.name}.{job.seed_of(c.out):016x}.part")  # runs don't share work
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = part.read_text().splitlines(keepends=True) if part.exists() else []
+        done = [line for line in lines if line.endswith("\n")]  # the last may be torn
+        job.barrier()
+        if job.on_rank_0():
+            job.write_atomic(part, "".join(done))
+
+        policy = shard(frozen_pooling_scorer, model.path, c, device)
+        size = max(c.batch, c.micro_batch * job.world_size())
+        for start in job.progress(range(len(done), len(pairs), size), note):
+            indices = list(range(start, min(start + size, len(pairs))))
+            logps, _ = observe(c, policy, pairs, indices, device)
+            if job.on_rank_0():
+                with open(part, "a") as out:
+                    out.write(job.json_lines(logps.tolist()))
+            stop = torch.tensor(float(job.STOP.is_set()), device=device)
+            if job.sum_ranks({"stop": stop})["stop"]:
+                job.stopped()
+        if job.on_rank_0():
+            os.replace(part, file)
+        job.barrier()
+    return torch.tensor(job.read_jsonl(file), device=device)
+
+
+def frozen_pooling_scorer(lm) -> PoolingScorer:
+    return PoolingScorer(lm).requires_grad_(False)
+
+
+def easiest(c, data: Data, held: Data, start: Model, out: Path) -> list[int]:
+    """Selective DPO: the indices of the easiest share of the pairs, in the order of the data.
+
+    A DPO model is trained on each half of the pairs. A pair's difficulty is its loss under the
+    model that never saw it; all of them go to out/difficulty.json.
+    """
+    n = len(data.pairs)
+    order = random.Random(job.seed_of(c.seed, "halves")).sample(range(n), n)
+    first, second = sorted(order[::2]), sorted(order[1::2])
+
+    difficulty = [0.0] * n
+    for name, own, other in (("half0", first, second), ("half1", second, first)):
+        folder = out / name
+        if not (folder / "checkpoint").exists():
+            train(c, "all", data.take(own), held, start, folder)
+        model, unseen = start.with_weights(folder / "checkpoint"), data.take(other)
+        logps = logps_in_file(c, folder / "other.jsonl", model, unseen.pairs, f"{name}: validate")
+        losses = losses_of(c, margins(logps, unseen.ref_logps, c.beta))
+        for i, loss in zip(other, losses.tolist()):
+            difficulty[i] = loss
+    if job.on_rank_0():
+        job.write_atomic(out / "difficulty.json", json.dumps(difficulty))
+    return top_k(-torch.tensor(difficulty), math.ceil(c.preselect * n))
+
+
+# ------------------------------------------------------------------------- input
+
+
+def prepare(c, device) -> tuple[Model, list[Pair], list[bool], list[Pair]]:
+    """Reads and checks all input and shows the plan, before the first weight is read.
+
+    Returns the model to start from, the training pairs, which of them are flipped, and the held-out
+    pairs.
+    """
+    rows, test_rows, dropped = datafiles.load_split(c.data, c.test, "pair", c.limit, c.test_pairs)
+    tok, config = common.load_tokenizer(c.model)
+    common.check_context(c.model, config, c.max_prompt, c.max_response)
+
+    pairs, flipped = [], []
+    rows = flip_labels(rows, c.flip, c.seed)
+    for row in rows:  # one at a time: a row that is left out takes its mark with it
+        encoded, left_out = common.encode_pairs(tok, [row], c.max_prompt, c.max_response)
+        dropped.update(left_out)
+        if encoded:
+            pairs += encoded
+            flipped.append(row["meta"].get("flipped", False))
+    held, _ = common.encode_pairs(tok, test_rows, c.max_prompt, c.max_response)
+    if not pairs or not held:
+        job.die(
+            f"{c.data}: {len(pairs)} training and {len(held)} held-out pairs of at most "
+            f"{c.max_prompt} prompt tokens: too few (--test names held-out data)"
+        )
+    if job.on_rank_0():
+        show_plan(c, tok, pairs, held, flipped, dropped, device)
+    start = Model(c.model, tok, device, getattr(torch, c.dtype))
+    return start, pairs, flipped, held
+
+
+def flip_labels(rows: list[dict], share: float, seed: int) -> list[dict]:
+    """Swaps chosen and rejected of a seeded share of the rows, and marks them in meta.flipped."""
+    rng = random.Random(job.seed_of(seed, "flip"))
+    to_flip = set(rng.sample(range(len(rows)), round(share * len(rows))))
+    return [flip(row) if i in to_flip else row for i, row in enumerate(rows)]
+
+
+def flip(row: dict) -> dict:
+    """The row with its sides exchanged."""
+    meta = {
+        **row["meta"],
+        "flipped": not row["meta"].get("flipped", False),
+        "chosen_ended": row["meta"].get("rejected_ended", True),
+        "rejected_ended": row["meta"].get("chosen_ended", True),
+    }
+    return {**row, "chosen": row["rejected"], "rejected": row["chosen"], "meta": meta}
+
+
+# ------------------------------------------------------------------------- plan and report
+
+
+def show_plan(c, tok, pairs, held, flipped: list[bool], dropped: Counter, device):
+    """The header: what will be done with what, and one example with its loss mask."""
+    n = len(pairs)
+    share, first = " (plain DPO)", ""
+    if c.select != "all":
+        share = f", {c.ratio:g} of each batch"
+    if c.preselect < 1:
+        n = math.ceil(c.preselect * n)
+        first = f" · first the easiest {c.preselect:g} of the pairs"
+    print(
+        f"SamS · {job.preset_note(c)} · select {c.select}{share}{first}"
+        f" · loss {c.loss}, beta {c.beta:g}"
+    )
+    print(
+        f"data {c.data}: {len(pairs)} training pairs ({sum(flipped)} flipped), "
+        f"{len(held)} held-out pairs" + job.left_out_note(dropped)
+    )
+    print(job.batch_note(c, f"{len(step_order(n, c))} steps", device))
+    print(job.memory_plan(lm_shapes(c.model), c, chunk=common.CHUNK, reference=False))
+
+    prompt, chosen, rejected, _ = pairs[0]
+    print(f"example, no loss: {tok.decode(prompt)!r}")
+    print(f"  chosen, with loss: {tok.decode(chosen)!r}")
+    print(
+        f"rejected, with loss: {tok.decode(rejected)!r} "
+        f"({len(prompt)} + {len(chosen)}, {len(rejected)} tokens)",
+        flush=True,
+    )
+
+
+def report(c, out: Path, started: float):
+    """results.json from the metrics' lines, a table, and where the model is."""
+    if not job.on_rank_0():
+        return
+    for old in out.glob("**/state.pt"):
+        old.unlink()
+    steps = job.read_jsonl(out / "metrics.jsonl")
+    result = {**evaluation(steps[-1]), **totals(c, steps), "seed": c.seed}
+    job.write_results(out, result, started)
+
+    rows, trained_on = [], 0
+    for m in steps:
+        trained_on += m["selected/pairs"]
+        if "eval/accuracy" in m:
+            rows.append({"step": m["step"], "trained on": trained_on, **evaluation(m)})
+    columns = ["accuracy", "chosen_reward", "rejected_reward", "margin"]
+    print(job.table(rows, ["step", "trained on", *columns]))
+
+    if result["flipped_selected"] is not None:
+        of_all = "all" if c.select == "all" else f"{c.ratio:.0%} of all pairs"
+        print(
+            f"{result['flipped_selected']:.0%} of the flipped pairs that were seen were trained on "
+            f"({of_all} were)"
+        )
+    job.show_end(out, "results.json, metrics.jsonl", str(out / "checkpoint"), started)
+
+
+def evaluation(m: dict) -> dict:
+    """The measurements in a line of metrics."""
+    return {
+        name.removeprefix("eval/"): value for name, value in m.items() if name.startswith("eval/")
+    }
+
+
+def totals(c, steps: list[dict]) -> dict:
+    """What results.json says of the whole training."""
+    flipped = sum(m["batch/flipped"] for m in steps)
+    flipped_selected = sum(m["selected/flipped"] for m in steps)
+    return {
+        "flipped_selected": flipped_selected / flipped if flipped else None,
+        "select": c.select,
+        "ratio": c.ratio,
+        "flip": c.flip,
+        "preselect": c.preselect,
+        "steps": len(steps),
+        "pairs_trained": sum(m["selected/pairs"] for m in steps),
+        "score_seconds": round(sum(m["score_seconds"] for m in steps), 2),
+        "selector_seconds": round(sum(m["selector/seconds"] for m in steps), 2),
+    }
+
+
+# ------------------------------------------------------------------------- the scaffold
+# The regions between the markers are one text in the three scripts: a test compares them.
 
 
 # --- same in dnpo.py, tso.py, sams.py: shard ---
 def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
-    """wrap(lm) -> a Scorer in float32, ready for the loop: activation checkpointing, then DDP, FSDP2 (hsdp: sharded inside a node, replicated across) or one device.
-    Under FSDP no rank but the first ever holds the whole model, and that one on the CPU. offload: the layers may be moved to the CPU; each then comes back for its forward pass."""
+    """Loads a model in float32 and makes it ready for the loop: a Scorer, made by wrap(lm).
+
+    First comes activation checkpointing, then DDP, FSDP2 (hsdp: sharded inside a node, replicated
+    across) or one device. Under FSDP only rank 0 ever holds the whole model, on its CPU. offload:
+    the layers may be moved to the CPU; each then comes back for its forward pass.
+    """
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
-    trained = any(p.requires_grad for p in module.parameters())
+    layers = module.lm.model.layers
+
     if c.activation_checkpointing and any(p.requires_grad for p in module.lm.parameters()):
-        for layer in module.lm.model.layers:
+        for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
     if not sharded:
         module = module.to(device)
+        trained = any(p.requires_grad for p in module.parameters())
         return DDP(module) if dist.is_initialized() and trained else module
-    full, own = wrap(load_lm(path, torch.float32, "cpu")) if ranks()[0] == 0 else None, dict(mp_policy=MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32))
+
+    full = None
+    if job.on_rank_0():
+        full = wrap(load_lm(path, torch.float32, "cpu"))
+    options = {"mp_policy": MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32)}
     if c.parallel == "hsdp":
-        own["mesh"] = node_mesh(device.type)
-    for layer in module.lm.model.layers:
-        fully_shard(layer, **own, offload_policy=CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy())
-    fully_shard(module, **own)  # the root holds embedding and head together: they may be tied
-    return fill(module, full, device)
+        options["mesh"] = job.node_mesh(device.type)
+    offload_policy = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
+    for layer in layers:
+        fully_shard(layer, **options, offload_policy=offload_policy)
+    fully_shard(module, **options)  # the root holds embedding and head: they may be tied
+    return job.fill(module, full, device)
 
 
+# --- end: shard ---
+
+
+# --- same in dnpo.py, tso.py, sams.py: precision ---
 def autocast(c, device, module: nn.Module):
     """bf16 compute over fp32 weights in a forward pass; FSDP casts by itself."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16" and not isinstance(module, FSDPModule))
+    enabled = c.dtype == "bfloat16" and not isinstance(module, FSDPModule)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def no_sync(*modules: nn.Module, last: bool):
@@ -371,309 +1062,109 @@ def no_sync(*modules: nn.Module, last: bool):
         if isinstance(module, DDP) and not last:
             stack.enter_context(module.no_sync())
     return stack
-# --- end: shard ---
+
+
+# --- end: precision ---
 
 
 # --- same in dnpo.py, tso.py, sams.py: order ---
 def step_order(n: int, c, *seed, sizes: list[int] | None = None) -> list[list[int]]:
-    """The pairs' indices of every optimizer step: a seeded permutation per epoch, cut into batches; an epoch's last may be smaller.
-    With sizes, a step's pairs are sorted by them: its micro-batches have less padding, and the step is the same."""
+    """The pairs' indices of every optimizer step.
+
+    Every epoch is a seeded permutation of the n pairs, cut into batches; its last may be smaller.
+    With sizes, a step's pairs are sorted by them: less padding in its micro-batches, the same step.
+    """
     steps = []
     for epoch in range(c.epochs):
-        order = random.Random(seed_of(*seed, epoch)).sample(range(n), n)
-        steps += [order[i:i + c.batch] for i in range(0, n, c.batch)]
-    return [sorted(step, key=sizes.__getitem__) if sizes else step for step in steps[:c.max_steps]]
+        order = random.Random(job.seed_of(*seed, epoch)).sample(range(n), n)
+        steps += [order[i : i + c.batch] for i in range(0, n, c.batch)]
+    steps = steps[: c.max_steps]
+    if sizes:
+        steps = [sorted(step, key=sizes.__getitem__) for step in steps]
+    return steps
 
 
 def micro_batches(step: list[int], c) -> list[tuple[list[int], list[float]]]:
-    """This rank's share of a step as (indices, weights). Every rank gets equally many, equally large ones; places left over
-    are filled with a pair of weight 0. The loss is divided by the pairs of the whole step, so the split changes nothing."""
-    rank, world = ranks()
+    """This rank's share of a step as micro-batches of (indices, weights).
+
+    Every rank gets equally many, equally large ones. Places left over are filled with a pair of
+    weight 0, and the loss is divided by the pairs of the whole step, so the split changes nothing.
+    """
+    world = job.world_size()
     micro = min(c.micro_batch, math.ceil(len(step) / world))
-    share = math.ceil(len(step) / (world * micro)) * micro
-    mine = [(i, 1.0) for i in step] + [(step[0], 0.0)] * (share * world - len(step))
-    return [tuple(zip(*mine[rank::world][i:i + micro])) for i in range(0, share, micro)]
+    share = math.ceil(len(step) / (world * micro)) * micro  # places of a rank
+    fillers = share * world - len(step)
+
+    indices = step + [step[0]] * fillers
+    weights = [1.0] * len(step) + [0.0] * fillers
+    indices, weights = indices[job.rank() :: world], weights[job.rank() :: world]
+    return [(indices[i : i + micro], weights[i : i + micro]) for i in range(0, share, micro)]
 
 
-def lr_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over the first `warmup` of the steps, then a cosine to 0; step counts from 0."""
-    rise = max(1, round(warmup * steps))
-    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
-    """Clips, steps, clears; -> the gradient's norm before clipping."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(params, clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 # --- end: order ---
 
 
-# ---------------------------------------------------------------- one round: score, pick, train
+# --- same in dnpo.py, tso.py, sams.py: step ---
+def lr_factor(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` of the steps, then a cosine to 0; step is from 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def both_sides(pairs: list[tuple], indices) -> list[tuple]:
-    """Pairs (prompt, chosen, rejected) -> sequences, chosen first."""
-    return [pairs[i][:2] for i in indices] + [(pairs[i][0], pairs[i][2]) for i in indices]
+def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
+    """Clips, steps and clears the gradients; returns their norm before clipping."""
+    params = []
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        params += group["params"]
+    norm = torch.nn.utils.clip_grad_norm_(params, clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return norm.item()
 
 
-@torch.no_grad()
-def score(policy: nn.Module, pairs: list[tuple], indices: list[int], c, device, kind: str | None = None) -> tuple[Tensor, Tensor | None]:
-    """log pi of both sides [n, 2], and contexts [n, L, D] if a kind is given, of the pairs `indices`: each rank scores its share, every rank gets all."""
-    found = []
-    for some, _ in micro_batches(indices, c):
-        with autocast(c, device, policy):
-            logps, pooled = policy(*collate(both_sides(pairs, some), device), kind is not None)
-        found.append((torch.stack(logps.chunk(2), 1),) + ((context(pooled, kind),) if kind else ()))
-
-    def gather(share: Tensor) -> Tensor:  # of micro_batches' order: the k-th place of rank r is the step's place k * world + r
-        shares = [share]
-        if dist.is_initialized():
-            shares = [torch.empty_like(share) for _ in range(ranks()[1])]
-            dist.all_gather(shares, share)
-        return torch.stack(shares, 1).flatten(0, 1)[:len(indices)]
-    logps, *contexts = (gather(torch.cat(parts)) for parts in zip(*found))
-    return logps, contexts[0] if kind else None
+# --- end: step ---
 
 
-def score_file(file: Path, model: str, pairs: list[tuple], c, device, note: str) -> Tensor:
-    """log pi [n, 2] of all pairs under a frozen model, in `file`; made on first use, in the shapes of the training, and goes on after a kill."""
-    part = file.with_name(f"{file.name}.{seed_of(c.out):016x}.part")  # runs side by side share the file, not the work on it
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = part.read_text().splitlines(keepends=True) if part.exists() else []
-        done = [line for line in lines if line.endswith("\n")]  # the last may be torn
-        barrier()
-        if ranks()[0] == 0:
-            write_atomic(part, "".join(done))
-        policy = shard(lambda lm: PoolingScorer(lm).requires_grad_(False), model, c, device)
-        size = max(c.batch, c.micro_batch * ranks()[1])
-        for i in progress(range(len(done), len(pairs), size), note):
-            logps, _ = score(policy, pairs, list(range(i, min(i + size, len(pairs)))), c, device)
-            if ranks()[0] == 0:
-                with open(part, "a") as out:
-                    out.writelines(json.dumps(row) + "\n" for row in logps.tolist())
-            if sum_ranks({"stop": torch.tensor(float(STOP.is_set()), device=device)})["stop"]:
-                stopped()
-        if ranks()[0] == 0:
-            os.replace(part, file)
-        barrier()
-    return torch.tensor([json.loads(line) for line in file.read_text().splitlines()], device=device)
+# --- same in dnpo.py, tso.py, sams.py: setup ---
+def setup(c) -> torch.device:
+    """Joins the process group if torchrun started us, and returns this rank's device.
+
+    Makes the toy world if a flag names a part of it and it is missing.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        if c.parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
+            job.die(
+                "--parallel none trains on one process: "
+                "start it without torchrun, or use --parallel ddp or fsdp"
+            )
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo", **job.torchrun_store())
+    job.stop_on_sigterm()
+
+    world = job.world_size()
+    share = c.batch // world
+    if c.batch % world or share % min(c.micro_batch, share):
+        job.die(
+            f"--batch {c.batch} can't be divided by {world} ranks x --micro_batch {c.micro_batch}"
+        )
+    if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
+        if job.on_rank_0():
+            toy.make(Path("runs/toy"))
+        job.barrier()
+    return device
 
 
-def reference_logps(c, config, pairs: list[tuple], device) -> Tensor:
-    """log pi_ref [n, 2], in a file of --reference named after what it depends on: model, ids (so data and template), number format."""
-    folder = Path(c.model)
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))] if folder.exists() else getattr(config, "_commit_hash", None)
-    key = seed_of(c.model, files, c.dtype, *(seed_of(pair[:3]) for pair in pairs))
-    return score_file(Path(c.reference) / f"{key:016x}.jsonl", c.model, pairs, c, device, "reference")
-
-
-def pick(c, how: str, step: list[int], k: int, flipped: list[bool], logps: Tensor | None, ref: Tensor, contexts: Tensor | None, bandit: Bandit | None, seed: int):
-    """k of the step's pairs, by `--select` -> positions, what to log."""
-    if how == "all":
-        return list(range(len(step))), {}
-    if how == "random":
-        return select(torch.zeros(len(step)), k, seed), {}
-    if how == "oracle":
-        return select(torch.tensor([-100.0 * flipped[i] for i in step]), k, seed), {}
-    margin = margins(logps, ref[step], c.beta)
-    if how == "margin":
-        return select(margin, k), {}
-    return bandit.round(contexts, margin, logps[:, 0], k, seed if how == "sample" else None)
-
-
-def descend(policy: nn.Module, pairs: list[tuple], ref: Tensor, indices: list[int], c, device) -> dict[str, Tensor]:
-    """Adds the gradient of the mean loss over the pairs `indices` of all ranks; -> this rank's part of their mean metrics."""
-    sums, micros = {}, micro_batches(indices, c)
-    for j, (some, weights) in enumerate(micros):
-        weight, ref_logps = torch.tensor(weights, device=device), ref[list(some)]
-        with no_sync(policy, last=j + 1 == len(micros)):
-            with autocast(c, device, policy):
-                logps, _ = policy(*collate(both_sides(pairs, some), device))
-            logps = torch.stack(logps.chunk(2), 1)  # [B, 2]
-            margin = margins(logps, ref_logps, c.beta)
-            losses = {"dpo": dpo_losses, "ipo": ipo_losses}[c.loss](margin, c.beta)
-            ((weight * losses).sum() / len(indices) * ranks()[1]).backward()  # DDP and FSDP average over ranks
-        chosen, rejected = (c.beta * (logps - ref_logps)).detach().unbind(1)
-        for name, value in {"loss": losses, "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": margin, "rewards/accuracies": (chosen > rejected).float(),
-                            "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}.items():
-            sums[name] = sums.get(name, 0.0) + (weight * value.detach()).sum() / len(indices)
-    return sums
-
-
-def measure(policy: nn.Module, pairs: list[tuple], ref: Tensor, c, device) -> dict[str, float]:
-    """Held-out preference accuracy and implicit rewards."""
-    logps, _ = score(policy, pairs, list(range(len(pairs))), c, device)
-    chosen, rejected = (c.beta * (logps - ref)).unbind(1)
-    return {"accuracy": (chosen > rejected).double().mean().item(), "chosen_reward": chosen.mean().item(), "rejected_reward": rejected.mean().item(), "margin": (chosen - rejected).mean().item()}
-
-
-def train(c, how: str, pairs: list[tuple], ref: Tensor, flipped: list[bool], held: list[tuple], held_ref: Tensor, folder: Path, tok, device):
-    """The policy from --model on the pairs that `how` picks, into folder/checkpoint; training states in folder/state.pt, lines in metrics.jsonl."""
-    policy = shard(PoolingScorer, c.model, c, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
-    sizes = [sum(map(len, pair[:3])) for pair in pairs] if c.sort_by_length else None
-    steps, state, metrics, parts = step_order(len(pairs), c, c.seed, "order", sizes=sizes), folder / "state.pt", folder / "metrics.jsonl", {"policy": (policy, optimizer)}
-    more = load_state(state, parts) if state.exists() else {"step": 0}
-    lm = getattr(policy, "module", policy).lm
-    bandit = Bandit(len(lm.model.layers), lm.config.hidden_size * (1 + (c.context == "both")), c, device) if how in ("topk", "sample") else None
-    if bandit and "bandit" in more:
-        bandit.restore(more["bandit"])
-    first = more["step"]
-    if ranks()[0] == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        truncate_metrics(metrics, lambda m: m["step"] <= first)
-    barrier()
-    bar, started = progress(range(first, len(steps)), folder.name), time.time()
-    for step in bar:
-        indices, before = steps[step], time.time()
-        k = len(indices) if how == "all" else math.ceil(c.ratio * len(indices))
-        logps, contexts = score(policy, pairs, indices, c, device, c.context if bandit else None) if bandit or how == "margin" else (None, None)
-        scored = time.time()
-        at, log = pick(c, how, indices, k, flipped, logps, ref, contexts, bandit, seed_of(c.seed, "select", step))
-        picked = time.time()
-        if logps is not None:
-            margin, chosen = margins(logps, ref[indices], c.beta), torch.zeros(len(indices), dtype=torch.bool, device=device)
-            chosen[at] = True
-            mean = lambda x: x.mean().item() if len(x) else 0.0
-            log |= {"selected/margin": mean(margin[chosen]), "unselected/margin": mean(margin[~chosen])}
-        length = lambda some: sum(len(pairs[i][1]) + len(pairs[i][2]) for i in some) / max(1, len(some))
-        selected = [indices[j] for j in at]
-        unselected = sorted(set(indices) - set(selected))
-        log |= {"batch/pairs": len(indices), "batch/flipped": sum(flipped[i] for i in indices), "selected/pairs": len(selected), "selected/indices": selected,
-                "selected/flipped": sum(flipped[i] for i in selected), "selected/length": length(selected), "unselected/length": length(unselected),
-                "score_seconds": scored - before, "selector/seconds": picked - scored, "selector/bytes": bandit.nbytes() if bandit else 0}
-        factor = lr_factor(step, len(steps), c.warmup)
-        sums = descend(policy, pairs, ref, selected, c, device)
-        norm = take_step(optimizer, factor * c.lr, c.clip)
-        m = {"step": step + 1} | sum_ranks(sums | {"stop": torch.tensor(float(STOP.is_set()), device=device)}) | log | {"grad_norm": norm, "lr": factor * c.lr, "memory_gib": memory_gib(device),
-                                                        "pairs_per_second": sum(map(len, steps[first:step + 1])) / (time.time() - started)}
-        stop = m.pop("stop")
-        if not math.isfinite(m["loss"]):
-            sys.exit(f"error: the loss is {m['loss']} at step {step + 1}, rows {[pairs[i][3] for i in selected]}: lower --lr, or look at these rows")
-        if step == 0 and abs(m["rewards/chosen"]) > 1e-3:
-            print(f"warning: before the first step the policy differs from its reference by a reward of {m['rewards/chosen']:+.4f}; it should be 0", file=sys.stderr)
-        if (step + 1) % c.eval_every == 0 or step + 1 == len(steps):
-            m |= {f"eval/{name}": value for name, value in measure(policy, held, held_ref, c, device).items()}
-        if ranks()[0] == 0:
-            with open(metrics, "a") as file:
-                file.write(json.dumps(m) + "\n")
-            line = metric_line(m, len(steps), (time.time() - started) / (step - first + 1) * (len(steps) - step - 1))
-            bar.set_description_str(line)
-            if bar.disable and (step + 1) % max(1, len(steps) // 4) == 0:
-                print(line, flush=True)
-        if ((step + 1) % c.save_every == 0 or stop) and step + 1 < len(steps):
-            save_state(state, parts, step=step + 1, **({"bandit": bandit.state()} if bandit else {}))
-        if stop:
-            stopped()
-    save_checkpoint(folder / "checkpoint", policy, tok, c.model)
-
-
-# ---------------------------------------------------------------- phases: flip -> reference -> (preselect) -> train -> measure
-
-
-def flip_labels(rows: list[dict], share: float, seed: int) -> list[dict]:
-    """Swaps chosen and rejected of a seeded share of the rows, and marks them in meta.flipped."""
-    chosen = set(random.Random(seed_of(seed, "flip")).sample(range(len(rows)), round(share * len(rows))))
-    swap = lambda row: row | {"chosen": row["rejected"], "rejected": row["chosen"], "meta": row["meta"] | {
-        "flipped": not row["meta"].get("flipped", False), "chosen_ended": row["meta"].get("rejected_ended", True), "rejected_ended": row["meta"].get("chosen_ended", True)}}
-    return [swap(row) if i in chosen else row for i, row in enumerate(rows)]
-
-
-def easiest(c, pairs: list[tuple], ref: Tensor, flipped: list[bool], held: list[tuple], held_ref: Tensor, out: Path, tok, device) -> list[int]:
-    """Selective DPO: a DPO model on each half of the pairs, every pair's loss under the model that never saw it, in out/difficulty.json;
-    -> the indices of the easiest share, ascending."""
-    halves = [sorted(half) for half in (lambda order: (order[::2], order[1::2]))(random.Random(seed_of(c.seed, "halves")).sample(range(len(pairs)), len(pairs)))]
-    difficulty = [0.0] * len(pairs)
-    for name, own, other in (("half0", *halves), ("half1", *halves[::-1])):
-        folder = out / name
-        if not (folder / "checkpoint").exists():
-            train(c, "all", [pairs[i] for i in own], ref[own], [flipped[i] for i in own], held, held_ref, folder, tok, device)
-        logps = score_file(folder / "other.jsonl", str(folder / "checkpoint"), [pairs[i] for i in other], c, device, f"{name}: validate")
-        losses = {"dpo": dpo_losses, "ipo": ipo_losses}[c.loss](margins(logps, ref[other], c.beta), c.beta)
-        for i, loss in zip(other, losses.tolist()):
-            difficulty[i] = loss
-    if ranks()[0] == 0:
-        write_atomic(out / "difficulty.json", json.dumps(difficulty))
-    return select(-torch.tensor(difficulty), math.ceil(c.preselect * len(pairs)))
-
-
-def show_plan(c, tok, pairs, held, flipped, dropped, device):
-    """The header: what will be done with what, and one example with its loss mask."""
-    why = f"default {'under' if torch.cuda.is_available() else 'without'} CUDA" if not any(a.startswith("--preset") for a in sys.argv) else "asked for"
-    print(f"SamS · preset {c.preset} ({why}) · select {c.select}" + (f", {c.ratio:g} of each batch" if c.select != "all" else " (plain DPO)")
-          + (f" · first the easiest {c.preselect:g} of the pairs" if c.preselect < 1 else "") + f" · loss {c.loss}, beta {c.beta:g}")
-    print(f"data {c.data}: {len(pairs)} training pairs ({sum(flipped)} flipped), {len(held)} held-out pairs" + "".join(f", {n} left out: {w}" for w, n in dropped.items() if n))
-    world, n = ranks()[1], len(pairs) if c.preselect == 1 else math.ceil(c.preselect * len(pairs))
-    micro = min(c.micro_batch, c.batch // world)
-    print(f"batch {c.batch} = {world} ranks x {micro} pairs x {c.batch // world // micro} micro-batches · {len(step_order(n, c))} steps · {device} · "
-          f"{c.parallel if dist.is_initialized() else 'one process'} · weights float32, compute {c.dtype}" + (" · activation checkpointing" if c.activation_checkpointing else ""))
-    print(memory_plan(lm_shapes(c.model), c, reference=False))
-    p, y, z, _ = pairs[0]
-    print(f"example, no loss: {tok.decode(p)!r}\n  chosen, with loss: {tok.decode(y)!r}\nrejected, with loss: {tok.decode(z)!r} ({len(p)} + {len(y)}, {len(z)} tokens)", flush=True)
-
-
-def main():
-    c = parse(Config, {"toy": TOY, "paper": {}})
-    if c.dtype == "bfloat16" and c.micro_batch > 1:
-        die("--dtype bfloat16 needs --micro_batch 1: there a log-prob depends on the shape of its batch, and reference and policy must be scored in the same")
-    device = setup(c)
-    # every check of the input comes before the first weight is read
-    rows, dropped = load_rows(c.data, "pair", c.limit if c.test else None)  # without --test the held-out rows come out of all of them
-    train_rows, test_rows = (rows, load_rows(c.test, "pair", c.test_pairs)[0]) if c.test else hold_out(rows)
-    tok, config = load_tokenizer(c.model)
-    if c.max_prompt + c.max_response > config.max_position_embeddings:
-        die(f"--max_prompt {c.max_prompt} + --max_response {c.max_response} is more than {c.model}'s context of {config.max_position_embeddings} tokens")
-    rows = flip_labels(train_rows[:c.limit], c.flip, c.seed)
-    pairs, flipped = [], []
-    for row in rows:  # one by one: who is left out takes its mark along
-        encoded, left_out = encode_pairs(tok, [row], c.max_prompt, c.max_response)
-        pairs += encoded
-        flipped += [row["meta"].get("flipped", False)] * len(encoded)
-        dropped.update(left_out)
-    held, _ = encode_pairs(tok, test_rows[:c.test_pairs], c.max_prompt, c.max_response)
-    if not pairs or not held:
-        die(f"{c.data}: {len(pairs)} training and {len(held)} held-out pairs of at most {c.max_prompt} prompt tokens: too few (--test names held-out data)")
-    if ranks()[0] == 0:
-        show_plan(c, tok, pairs, held, flipped, dropped, device)
-    if c.dry_run:
-        return
-    out, started = open_run(c, [c.data, c.test], may_change=("out", "resume", "overwrite", "parallel", "micro_batch", "save_every", "reference")), time.time()
-
-    ref, held_ref = (reference_logps(c, config, some, device) for some in (pairs, held))
-    if c.preselect < 1:
-        kept = easiest(c, pairs, ref, flipped, held, held_ref, out, tok, device)
-        pairs, ref, flipped = [pairs[i] for i in kept], ref[kept], [flipped[i] for i in kept]
-    if not (out / "checkpoint").exists():
-        train(c, c.select, pairs, ref, flipped, held, held_ref, out, tok, device)
-    if ranks()[0] == 0:
-        report(c, out, flipped, started)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def report(c, out: Path, flipped: list[bool], started: float):
-    """results.json from the metrics' lines, and where the model is."""
-    for old in out.glob("**/state.pt"):
-        old.unlink()
-    steps = read_jsonl(out / "metrics.jsonl")
-    total = lambda name: sum(m[name] for m in steps)
-    result = {k.removeprefix("eval/"): v for k, v in steps[-1].items() if k.startswith("eval/")}
-    result |= {"flipped_selected": total("selected/flipped") / total("batch/flipped") if total("batch/flipped") else None, "select": c.select, "ratio": c.ratio, "flip": c.flip,
-               "preselect": c.preselect, "steps": len(steps), "pairs_trained": total("selected/pairs"), "score_seconds": round(total("score_seconds"), 2),
-               "selector_seconds": round(total("selector/seconds"), 2), "seconds": round(time.time() - started, 1), "seed": c.seed}
-    write_atomic(out / "results.json", json.dumps(result, indent=1))
-    print(table([{"step": m["step"], "trained on": sum(x["selected/pairs"] for x in steps[:m["step"]])} | {k.removeprefix("eval/"): v for k, v in m.items() if k.startswith("eval/")}
-                 for m in steps if "eval/accuracy" in m], ["step", "trained on", "accuracy", "chosen_reward", "rejected_reward", "margin"]))
-    if result["flipped_selected"] is not None:
-        print(f"{result['flipped_selected']:.0%} of the flipped pairs that were seen were trained on ({'all' if c.select == 'all' else f'{c.ratio:.0%} of all pairs'} were)")
-    print(f"{time.time() - started:.0f} s · {out}/results.json, metrics.jsonl · the model:\n"
-          f"  lm = AutoModelForCausalLM.from_pretrained({str(out / 'checkpoint')!r})\n  tok = AutoTokenizer.from_pretrained({str(out / 'checkpoint')!r})")
+# --- end: setup ---
 
 
 if __name__ == "__main__":

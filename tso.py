@@ -1,151 +1,237 @@
 """TSO, Self-Training with Scaled Preference Optimization (arXiv 2409.02118).
 
-A language model is trained on preferences between answers of its own and of its relatives; no reward model is trained. For every slice of the prompts:
+A language model is trained on preferences between answers of its own and of its relatives; no
+reward model is trained. For every slice of the prompts:
 
-  diversity    a matrix of versions x scales samples the candidates: the current (latest, largest) model's answers are positives, those of older
-               versions and of smaller models negatives; human answers join, preferred ones as positives, rejected ones as negatives
-  validity     feedback corrects every pair (y_w, y_l): a judge asked in both orders, or a person: keep, swap, or drop
-  adaptivity   DPO on the slice's pairs, with the current policy as reference; then the reference is the new policy, which samples the next
-               slice's candidates. All slices N times ("mini-batch iterative DPO": a mini-batch of prompts, here called slice)
+  diversity    A matrix of versions x scales samples the candidates. The answers of the current
+               model, the latest and largest, are positives; those of older versions and of smaller
+               models are negatives. Human answers join: preferred ones as positives, rejected ones
+               as negatives.
+
+  validity     Feedback corrects every pair (y_w, y_l): a judge that is asked in both orders, or a
+               person, says keep, swap or drop.
+
+  adaptivity   The policy is trained on the slice's pairs, with the current policy as reference and
+               with the loss below. Then the reference is the new policy, which samples the next
+               slice's candidates. All slices are gone through N times.
 
   r_w = beta log pi(y_w)/pi_ref(y_w),   r_l = beta log pi(y_l)/pi_ref(y_l)
   L_dual-clip = -log sigmoid( min(r_w, c_w) - max(r_l, -c_l) )
 
-Why the clip: DPO pushes the negative down, which is cheaper than raising the positive, and drags the positive down with it (Fig. 3). With the clip (Fig. 4)
-a side that has moved far enough earns no more: once r_l < -c_l the loss can only raise r_w. Both clipped: the pair is finished. c = inf is DPO.
+The paper calls the last part "mini-batch iterative DPO". Its mini-batch is a part of the prompts,
+hundreds to thousands of them, and is called a slice here.
+
+Why the clip: DPO pushes the negative down, which is cheaper than raising the positive, and drags
+the positive down with it (Fig. 3). With the clip (Fig. 4) a side that has moved far enough earns no
+more: once r_l < -c_l the loss can only raise r_w. Where both are clipped, the pair is finished.
+With c_w = c_l = inf it is DPO's loss.
 
 Differs from the paper, or is not specified by it (ours unless said):
- 1. The paper's formula of L_dual-clip is not public. This one has the two properties that its Figs. 3 and 4 show, and is six lines to replace.
+
+ 1. The paper's formula of L_dual-clip is not public. This one has the two properties that its
+    Figs. 3 and 4 show. Another reading goes into dual_clip_losses; `clipped`, which only reports,
+    must follow it.
  2. The paper's models are not public either: the paper preset takes one public family in two sizes.
- 3. Pairs of a prompt are spread evenly over the cells of the matrix (positive cell x negative cell), identical texts left out. `--negatives current` pairs
-    the policy with itself, which only makes sense with correction.
+    It names no older version, so that with one round its matrix has scales only: give --older, or
+    --rounds 2 or more. Its "human" answers are UltraFeedback's, which models have written.
+ 3. The pairs of a prompt are spread evenly over the cells of the matrix (positive cell x negative
+    cell), and identical texts are left out. `--negatives current` pairs the policy with itself,
+    which only makes sense with correction.
  4. From the second round on, the policies at the end of earlier rounds are older versions too.
- 5. The judge's prompts stand in common.py. A verdict that changes with the order is a tie; ties and unreadable verdicts drop the pair. A person's verdict
-    (`--verdicts`) outranks the judge's.
+ 5. The judge's prompts stand in common.py. A verdict that changes with the order is a tie; ties and
+    unreadable verdicts drop the pair. A person's verdict (`--verdicts`) outranks the judge's.
  6. Every slice has a fresh optimizer and learning-rate curve.
- 7. Diversity is measured by distinct-2 and by the mean Jaccard similarity of token bigrams between the candidates of a prompt.
+ 7. Diversity is measured by distinct-2 and by the mean Jaccard similarity of token bigrams between
+    the candidates of a prompt.
 
     python tso.py                                      # laptop: the toy world, minutes
     python tso.py --preset paper --limit 2000          # one GPU, a part of the paper's data
     torchrun --nproc_per_node 8 tso.py                 # a run of the paper's size
+
+Shapes: B pairs of a micro-batch, T length.
 """
+
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import random
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
+import common
+import datafiles
+import job
 import toy
-from common import (STOP, Scorer, barrier, collate, die, encode_pairs, fill, generate, held_out, hold_out, lm_shapes, load_lm, load_rows, load_state, load_tokenizer,
-                    make_judge, memory_gib, memory_plan, metric_line, node_mesh, open_run, parse, phase, progress, prompt_ids, ranks, read_file, read_hub,
-                    read_jsonl, response_ids, save_checkpoint, save_state, seed_of, stop_on_sigterm, stopped, sum_ranks, table, torchrun_store, truncate_metrics,
-                    write_atomic)
+from common import Answer, Model, Pair, Sampling, Scorer, lm_shapes, load_lm
+
+# ------------------------------------------------------------------------- the equations
 
 
-# ---------------------------------------------------------------- the equations
-
-
+# --- same in dnpo.py, tso.py, sams.py: rewards ---
 def implicit_rewards(logps: Tensor, ref_logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """r = beta log pi(y)/pi_ref(y). logps, ref_logps: [2B], chosen first -> r_w [B], r_l [B]."""
-    chosen, rejected = (beta * (logps - ref_logps)).chunk(2)
+    """r = beta log pi_theta(y)/pi_ref(y) of the chosen and of the rejected answers.
+
+    logps, ref_logps: [B, 2], chosen and rejected -> [B], [B].
+    """
+    chosen, rejected = (beta * (logps - ref_logps)).unbind(1)
     return chosen, rejected
 
 
-def dual_clip_losses(chosen_reward: Tensor, rejected_reward: Tensor, clip_chosen: float, clip_rejected: float) -> Tensor:
-    """L_dual-clip = -log sigmoid( min(r_w, c_w) - max(r_l, -c_l) ); c = inf: DPO, Eq. 7. [B], [B] -> [B]."""
+# --- end: rewards ---
+
+
+def dual_clip_losses(
+    chosen_reward: Tensor, rejected_reward: Tensor, clip_chosen: float, clip_rejected: float
+) -> Tensor:
+    """L_dual-clip = -log sigmoid( min(r_w, c_w) - max(r_l, -c_l) ); c = inf: DPO, its Eq. 7.
+
+    [B], [B] -> [B].
+    """
     chosen = chosen_reward.clamp(max=clip_chosen)
     rejected = rejected_reward.clamp(min=-clip_rejected)
     return F.softplus(-(chosen - rejected))
 
 
-def clipped(chosen_reward: Tensor, rejected_reward: Tensor, clip_chosen: float, clip_rejected: float) -> tuple[Tensor, Tensor]:
-    """Which sides have moved far enough to have no gradient: r_w > c_w, r_l < -c_l. [B], [B] -> [B], [B] of 0 and 1."""
+def clipped(
+    chosen_reward: Tensor, rejected_reward: Tensor, clip_chosen: float, clip_rejected: float
+) -> tuple[Tensor, Tensor]:
+    """Which sides have moved far enough to have no gradient: r_w > c_w, r_l < -c_l.
+
+    [B], [B] -> [B], [B] of 0 and 1.
+    """
     return (chosen_reward > clip_chosen).float(), (rejected_reward < -clip_rejected).float()
 
 
 def correction(verdict: str | None) -> str:
-    """What a judge's verdict on (A: the positive, B: the negative) does to their pair: "keep", "swap" or "drop"."""
+    """What a judge's verdict (A: the positive, B: the negative) does to a pair.
+
+    Returns "keep", "swap" or "drop".
+    """
     return {"A": "keep", "B": "swap"}.get(verdict, "drop")
 
 
 def distinct2(answers: list[list[int]]) -> float:
-    """Different bigrams / bigrams, over all answers to one prompt as token ids. 0 without bigrams."""
-    grams = [gram for ids in answers for gram in zip(ids, ids[1:])]
+    """Different bigrams / bigrams of all answers (token ids) to one prompt; 0 if there are none."""
+    grams = []
+    for ids in answers:
+        grams += zip(ids, ids[1:])
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def similarity(answers: list[list[int]]) -> float | None:
-    """Mean over pairs of answers to one prompt of |A & B| / |A | B|, A and B their sets of bigrams (of a single token: the token itself)."""
+    """The mean Jaccard similarity |A & B| / |A or B| of all pairs of answers to one prompt.
+
+    Answers are token ids. A and B are the sets of the answers' bigrams, or of the token itself
+    where there is but one.
+    """
     sets = [set(zip(ids, ids[1:])) or set(ids[:1]) for ids in answers]
-    pairs = [len(a & b) / len(a | b) if a | b else 1.0 for a, b in itertools.combinations(sets, 2)]
-    return sum(pairs) / len(pairs) if pairs else None
+    overlaps = []
+    for a, b in itertools.combinations(sets, 2):
+        overlaps.append(len(a & b) / len(a | b) if a | b else 1.0)
+    return common.mean_or_none(overlaps)
 
 
 def skewness_kurtosis(scores: list[float]) -> tuple[float, float] | None:
-    """Fig. 5, of the scores of one prompt's answers: E[((s - mean)/std)^3] and E[((s - mean)/std)^4] - 3; None if all are equal."""
+    """Fig. 5: E[((s - mean)/std)^3] and E[((s - mean)/std)^4] - 3 of the scores of one prompt.
+
+    None if all scores are equal.
+    """
+    if len(set(scores)) < 2:
+        return None
     mean = sum(scores) / len(scores)
-    moment = lambda k: sum((s - mean) ** k for s in scores) / len(scores)
-    return (moment(3) / moment(2) ** 1.5, moment(4) / moment(2) ** 2 - 3) if len(set(scores)) > 1 else None
+    deviations = [score - mean for score in scores]
+    m2 = sum(d**2 for d in deviations) / len(scores)
+    m3 = sum(d**3 for d in deviations) / len(scores)
+    m4 = sum(d**4 for d in deviations) / len(scores)
+    return m3 / m2**1.5, m4 / m2**2 - 3
 
 
-# ---------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------- configuration
 
-
-CELLS = {"positives": ("current", "human"), "negatives": ("current", "older", "smaller", "human")}
+# who gives the positives and the negatives; sample_matrix fills these cells
+CELLS = {
+    "positives": ("current", "human"),
+    "negatives": ("current", "older", "smaller", "human"),
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    # the method
-    older: list[str] = field(default_factory=list)  # older versions of the model: folders or Hub ids
-    smaller: list[str] = field(default_factory=lambda: ["meta-llama/Llama-3.2-1B-Instruct"])  # smaller models; their tokenizers may differ
-    positives: list[str] = field(default_factory=lambda: ["current", "human"])  # cells of the positives: current, human
-    negatives: list[str] = field(default_factory=lambda: ["older", "smaller", "human"])  # cells of the negatives: current, older, smaller, human
+    """Every field is a flag, its comment the flag's help. The defaults are the paper's preset."""
+
+    # -- the method
+    # older versions of the model: folders or Hub ids
+    older: list[str] = field(default_factory=list)
+    # smaller models; their tokenizers may differ
+    smaller: list[str] = field(default_factory=lambda: ["meta-llama/Llama-3.2-1B-Instruct"])
+    # cells of the positives: current, human
+    positives: list[str] = field(default_factory=lambda: ["current", "human"])
+    # cells of the negatives: current, older, smaller, human
+    negatives: list[str] = field(default_factory=lambda: ["older", "smaller", "human"])
     n_positive: int = 1  # answers of the current policy per prompt
-    n_negative: int = 1  # answers of every other cell's models per prompt
+    n_negative: int = 1  # answers of each negative cell's models per prompt
     pairs_per_prompt: int = 2  # pairs made of them, evenly over the cells
     correct: bool = True  # let the judge keep, swap or drop each pair
-    verdicts: str | None = None  # a person's verdicts, as written by --export_pairs: JSON lines {"id", "verdict": keep, swap or drop}
-    export_pairs: str | None = None  # write the next slice's pairs for a person to judge, and stop there
+    # a person's verdicts, as written by --export_pairs: JSON lines
+    # {"id", "verdict": keep, swap or drop}
+    verdicts: str | None = None
+    # write the next slice's pairs for a person to judge, and stop there
+    export_pairs: str | None = None
     slices: int = 4  # M, parts that the prompts are cut into
     rounds: int = 1  # N, passes over all slices
-    clip_chosen: float = 0.2  # c_w: no more credit for raising the chosen reward beyond it; inf: DPO
-    clip_rejected: float = 0.2  # c_l: no more credit for lowering the rejected reward below minus it; inf: DPO
+    # c_w: no more credit for raising the chosen reward beyond it; inf: DPO
+    clip_chosen: float = 0.2
+    # c_l: no more credit for lowering the rejected reward below minus it; inf: DPO
+    clip_rejected: float = 0.2
     beta: float = 0.1  # strength of the pull to the reference
-    # data
+
+    # -- data
     model: str = "meta-llama/Llama-3.1-8B-Instruct"  # model folder or Hub id to start from
-    data: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # prompts with human answers or pairs: .jsonl, .json or .parquet file, or Hub id[:SPLIT]
-    test: str | None = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"  # held-out annotated prompts (without it: a tenth of --data, by a hash of the prompt)
-    judge: str = "rm:Skywork/Skywork-Reward-V2-Llama-3.1-8B"  # toy, hf:PATH, rm:PATH, api:MODEL, or none
-    limit: int | None = None  # use the first LIMIT training prompts (and at most as many held-out ones)
+    # prompts with human answers or pairs: .jsonl, .json or .parquet file, or Hub id[:SPLIT]
+    data: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
+    # held-out annotated prompts (without it: a tenth of --data, by a hash of the prompt)
+    test: str | None = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"
+    # toy, hf:PATH, rm:PATH, api:MODEL, or none
+    judge: str = "rm:Skywork/Skywork-Reward-V2-Llama-3.1-8B"
+    # use the first LIMIT training prompts (and at most as many held-out ones)
+    limit: int | None = None
     test_prompts: int = 500  # held-out prompts to measure on
-    n_scores: int = 0  # answers to each held-out prompt whose scores' skewness and kurtosis are measured, before and after (the paper: 64; 0: none)
+    # answers to each held-out prompt whose scores' skewness and kurtosis are measured, before and
+    # after (the paper: 64; 0: none)
+    n_scores: int = 0
     temperature: float = 1.0  # of the sampling
     max_prompt: int = 512  # tokens; a longer prompt is left out and counted
-    max_response: int = 512  # tokens; a longer answer is cut, and gets no end-of-sequence token
-    # optimisation
+    # tokens; a longer answer is cut, and gets no end-of-sequence token
+    max_response: int = 512
+
+    # -- optimisation
     lr: float = 5e-7  # peak learning rate
-    warmup: float = 0.1  # share of a slice's steps in which the learning rate rises; then it falls as a cosine
+    # share of a slice's steps in which the learning rate rises; then it falls as a cosine
+    warmup: float = 0.1
     epochs: int = 1  # passes over a slice's pairs
     batch: int = 64  # pairs per optimizer step, over all ranks
     micro_batch: int = 4  # pairs per forward pass and rank; changes memory, not results
@@ -153,90 +239,840 @@ class Config:
     clip: float = 1.0  # gradient norm is clipped to this
     max_steps: int | None = None  # stop every slice after this many optimizer steps
     seed: int = 0  # of slices, sampling, pairs and order
-    # system
-    preset: Literal["toy", "paper"] = "paper"  # all other defaults; unset: paper under CUDA, else toy
-    parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "fsdp"  # under torchrun: replicate the model, shard it, or shard it inside a node and replicate across
-    offload_reference: bool = False  # under fsdp or hsdp: the reference's layers wait in CPU memory; slower
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights and optimizer stay in float32
+
+    # -- system
+    # all other defaults; unset: paper under CUDA, else toy
+    preset: Literal["toy", "paper"] = "paper"
+    # under torchrun: replicate the model, shard it, or shard it inside a node and replicate across
+    parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "fsdp"
+    # under fsdp or hsdp: the reference's layers wait in CPU memory; slower
+    offload_reference: bool = False
+    # of the computation; weights and optimizer stay in float32
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     activation_checkpointing: bool = True  # recompute activations in the backward pass
     sample_batch: int = 64  # answers sampled or judged at a time
     save_every: int = 50  # optimizer steps between training states
     out: str = "runs/tso"  # folder of the run
     resume: bool = False  # go on with the run in --out
     overwrite: bool = False  # delete the run in --out and begin again
-    dry_run: bool = False  # check everything, show the plan and one example, and stop before any model is loaded
+    # check everything, show the plan and one example, and stop before any model is loaded
+    dry_run: bool = False
 
     def __post_init__(self):
-        for name in ("n_positive", "n_negative", "pairs_per_prompt", "slices", "rounds", "clip_chosen", "clip_rejected", "beta", "lr", "batch", "micro_batch", "sample_batch",
-                     "save_every", "max_prompt", "max_response", "test_prompts", "epochs", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
-        for name in ("temperature", "warmup", "n_scores"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} must not be negative, not {getattr(self, name)}")
-        for name in ("limit", "max_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
+        job.check_positive(self, "n_positive", "n_negative", "pairs_per_prompt", "slices", "rounds")
+        job.check_positive(self, "clip_chosen", "clip_rejected", "beta", "lr", "batch")
+        job.check_positive(self, "micro_batch", "sample_batch", "save_every", "max_prompt")
+        job.check_positive(self, "max_response", "test_prompts", "epochs", "clip")
+        job.check_not_negative(self, "temperature", "warmup", "n_scores")
+        job.check_positive(self, "limit", "max_steps")
         for name, cells in CELLS.items():
-            if not set(getattr(self, name)) <= set(cells) or not getattr(self, name):
-                raise ValueError(f"--{name} {' '.join(getattr(self, name))}: expected some of {', '.join(cells)}")
-        if self.offload_reference and ("RANK" not in os.environ or self.parallel not in ("fsdp", "hsdp")):
-            raise ValueError("--offload_reference needs torchrun (one rank will do) and --parallel fsdp or hsdp")
+            asked = getattr(self, name)
+            if not asked or not set(asked) <= set(cells):
+                raise ValueError(f"--{name} {' '.join(asked)}: expected some of {', '.join(cells)}")
+        job.check_offload(self)
         if self.correct and self.judge == "none" and not self.verdicts and not self.export_pairs:
             raise ValueError("--judge none can't correct: use --no-correct, or --verdicts")
 
 
-TOY = dict(model="runs/toy/sft", older=["runs/toy/sft-early"], smaller=["runs/toy/sft-small"], data="runs/toy/train.jsonl", test="runs/toy/test.jsonl", judge="toy", limit=2000,
-           n_scores=16, max_response=64, lr=5e-5, epochs=2, batch=32, micro_batch=16, sample_batch=250, sort_by_length=False, parallel="ddp", dtype="float32", activation_checkpointing=False)
+TOY = {
+    "model": "runs/toy/sft",
+    "older": ["runs/toy/sft-early"],
+    "smaller": ["runs/toy/sft-small"],
+    "data": "runs/toy/train.jsonl",
+    "test": "runs/toy/test.jsonl",
+    "judge": "toy",
+    "limit": 2000,
+    "n_scores": 16,
+    "max_response": 64,
+    "lr": 5e-5,
+    "epochs": 2,
+    "batch": 32,
+    "micro_batch": 16,
+    "sample_batch": 250,
+    "sort_by_length": False,
+    "parallel": "ddp",
+    "dtype": "float32",
+    "activation_checkpointing": False,
+}
+# what may change between a run and its --resume
+MAY_CHANGE = ("out", "resume", "overwrite", "parallel", "offload_reference", "micro_batch")
+MAY_CHANGE += ("save_every", "verdicts", "export_pairs", "rounds")
 
 
-# --- same in dnpo.py, tso.py, sams.py: setup ---
-def setup(c) -> torch.device:
-    """Joins the process group if torchrun started us, picks the device, and makes the toy world if it is asked for and missing."""
-    cuda, under_torchrun = torch.cuda.is_available(), "RANK" in os.environ
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if under_torchrun:
-        if c.parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
-            die("--parallel none trains on one process: start it without torchrun, or use --parallel ddp or fsdp")
-        if cuda:
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo", **torchrun_store())
-    stop_on_sigterm()
-    if c.batch % ranks()[1] or c.batch // ranks()[1] % min(c.micro_batch, c.batch // ranks()[1]):
-        die(f"--batch {c.batch} can't be divided by {ranks()[1]} ranks x --micro_batch {c.micro_batch}")
-    if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
-        if ranks()[0] == 0:
-            toy.make(Path("runs/toy"))
-        barrier()
-    return device
-# --- end: setup ---
+# ------------------------------------------------------------------------- the slices
+
+
+class Slice(NamedTuple):
+    """One turn of the outer loop: a part of the prompts in a round, and where its files are."""
+
+    number: int  # from 1, over all rounds; 0 is the model that we start from
+    round: int  # from 1 to N
+    part: int  # from 1 to M
+    rows: list[dict]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.round}.{self.part}" if self.number else "start"
+
+    @property
+    def trained(self) -> bool:
+        return (self.folder / "checkpoint").exists()
+
+
+def main():
+    c = job.parse(Config, {"toy": TOY, "paper": {}})
+    device = setup(c)
+    policy, parts, test_rows, people, judge = prepare(c, device)
+    if c.dry_run:
+        return
+    out = job.open_run(c, [c.data, c.test, c.verdicts], MAY_CHANGE)
+    started = time.time()
+    sampling = Sampling(c.temperature, c.max_response, c.sample_batch)
+    start = Slice(0, 0, 0, [], out / "start")
+    worth = measure(c, start, policy, test_rows, sampling, judge)
+    results, round_ends = [{"round": 0, "slice": 0, **worth}], []
+    for at in all_slices(c, parts, out):
+        # diversity: versions x scales sample the candidates
+        older = c.older + [path for path in round_ends if path != policy.path]
+        candidates = sample_matrix(c, at, policy, older, sampling)
+        made, without = make_pairs(c, at, candidates)
+
+        # validity: a judge, or a person, corrects every pair
+        judged = judge_pairs(c, at, made, judge)
+        if awaits_person(c, at, made, people):
+            export(c.export_pairs, at, made, judged)
+            return job.leave()
+        pairs = correct_pairs(c, at, made, judged, people)
+        encoded, left_out = encode_kept(c, at, policy.tok, pairs)
+
+        # adaptivity: the policy is its own reference; what comes out samples the next slice
+        if not at.trained:
+            train(c, at, encoded, policy)
+        policy = policy.with_weights(job.finish(at.folder))
+        if at.part == c.slices:
+            round_ends.append(policy.path)  # it is an older version from the next slice on
+
+        result = training_summary(out, at, pairs, encoded, left_out)
+        result.update(prompts_without_pair=without, diversity=diversity(candidates, policy))
+        result.update(measure(c, at, policy, test_rows, sampling, judge))
+        results.append(result)
+        job.write_results(out, {"slices": results, "seed": c.seed}, started)
+    report(out, results, policy.path, started)
+    job.leave()
+
+
+def all_slices(c, parts: list[list[dict]], out: Path) -> list[Slice]:
+    """The M slices of each of the N rounds, in order."""
+    slices = []
+    for round_ in range(1, c.rounds + 1):
+        for part, rows in enumerate(parts, 1):
+            folder = out / f"round{round_}-slice{part}"
+            slices.append(Slice(len(slices) + 1, round_, part, rows, folder))
+    return slices
+
+
+# ------------------------------------------------------------------------- diversity
+
+
+class Candidates(NamedTuple):
+    """The answers of each cell of the matrix to each prompt: {cell: [the answers to row i]}."""
+
+    positives: dict[str, list[list[Answer]]]
+    negatives: dict[str, list[list[Answer]]]
+
+
+def sample_matrix(c, at: Slice, policy: Model, older: list[str], sampling: Sampling) -> Candidates:
+    """The candidates of every cell for every row of a slice; a cell without answers is left out.
+
+    There is one model in memory at a time, and one file a model.
+    """
+    positives = {cell: [[] for _ in at.rows] for cell in CELLS["positives"]}
+    negatives = {cell: [[] for _ in at.rows] for cell in CELLS["negatives"]}
+
+    # the current policy: positives, and more answers as negatives if asked for
+    n_positive = c.n_positive if "current" in c.positives else 0
+    n_negative = c.n_negative if "current" in c.negatives else 0
+    if n_positive + n_negative:
+        drawn = draw_answers(c, at, "current", policy, n_positive + n_negative, sampling)
+        for i, answers in enumerate(drawn):
+            positives["current"][i] += answers[:n_positive]
+            negatives["current"][i] += answers[n_positive:]
+
+    # other versions and scales: negatives
+    for cell, paths in (("older", older), ("smaller", c.smaller)):
+        if cell not in c.negatives:
+            continue
+        for number, path in enumerate(paths):
+            tok, _ = common.load_tokenizer(path)
+            model = dataclasses.replace(policy, path=path, tok=tok)
+            drawn = draw_answers(c, at, f"{cell}{number}", model, c.n_negative, sampling)
+            for i, answers in enumerate(drawn):
+                negatives[cell][i] += answers
+
+    # people's answers
+    for i, row in enumerate(at.rows):
+        if "human" in c.positives and row.get("response"):
+            positives["human"][i].append(Answer(row["response"], ended=True))
+        if "human" in c.negatives and row.get("rejected"):
+            negatives["human"][i].append(Answer(row["rejected"], ended=True))
+    return Candidates(without_empty_cells(positives), without_empty_cells(negatives))
+
+
+def draw_answers(
+    c, at: Slice, name: str, model: Model, n: int, sampling: Sampling
+) -> list[list[Answer]]:
+    """n answers of a model to each row of a slice, in the slice's file candidates-NAME.jsonl."""
+    drawn = common.generate(
+        at.folder / f"candidates-{name}.jsonl",
+        at.rows,
+        model,
+        sampling,
+        job.seed_of(c.seed, "candidates", at.folder.name, name),
+        n=n,
+        note=f"{at.name}: sample {name}",
+    )
+    answers = [Answer(row["response"], row["meta"]["finish"] == "stop") for row in drawn]
+    return [answers[i * n : (i + 1) * n] for i in range(len(at.rows))]
+
+
+def without_empty_cells(cells: dict[str, list[list[Answer]]]) -> dict[str, list[list[Answer]]]:
+    return {cell: answers for cell, answers in cells.items() if any(answers)}
+
+
+def make_pairs(c, at: Slice, candidates: Candidates) -> tuple[list[dict], int]:
+    """Pairs of different texts, up to pairs_per_prompt a row, evenly over the crossings.
+
+    A crossing is a positive cell with a negative cell. The crossings take turns, and each row goes
+    on where the row before it stopped. Returns pairs with the ids SLICE/ROW/NUMBER and with their
+    crossing in meta.cell, and how many prompts gave none.
+    """
+    crossings = list(itertools.product(candidates.positives, candidates.negatives))
+    pairs, without = [], 0
+    for i, row in enumerate(at.rows):
+        rng = random.Random(job.seed_of(c.seed, "pairs", at.name, row["id"]))
+        used = set()
+        first = i * c.pairs_per_prompt
+        for turn in range(first, first + c.pairs_per_prompt * len(crossings)):
+            if len(used) == c.pairs_per_prompt:
+                break
+            positive, negative = crossings[turn % len(crossings)]
+            positives, negatives = candidates.positives[positive], candidates.negatives[negative]
+            free = unused_pairs(positives[i], negatives[i], used)
+            if not free:
+                continue
+            chosen, rejected = rng.choice(free)
+            pair_id = f"{at.name}/{row['id']}/{len(used)}"
+            used.add((chosen.text, rejected.text))
+            meta = {
+                "cell": f"{positive} > {negative}",
+                "chosen_ended": chosen.ended,
+                "rejected_ended": rejected.ended,
+            }
+            texts = {"chosen": chosen.text, "rejected": rejected.text}
+            pairs.append({"id": pair_id, "prompt": row["prompt"], **texts, "meta": meta})
+        if not used:
+            without += 1
+    if not pairs:
+        job.die(
+            f"slice {at.name}: no pairs: positives {', '.join(c.positives)} and negatives "
+            f"{', '.join(c.negatives)} gave no two different texts for any prompt"
+        )
+    return pairs, without
+
+
+def unused_pairs(
+    positives: list[Answer], negatives: list[Answer], used: set[tuple[str, str]]
+) -> list[tuple[Answer, Answer]]:
+    """One positive with one negative, different and not empty, whose texts are not yet a pair."""
+    free = []
+    for chosen, rejected in itertools.product(positives, negatives):
+        texts = chosen.text, rejected.text
+        empty = not chosen.text.strip() or not rejected.text.strip()
+        if not empty and chosen.text != rejected.text and texts not in used:
+            free.append((chosen, rejected))
+    return free
+
+
+def diversity(candidates: Candidates, model: Model) -> dict[str, dict]:
+    """How unlike the candidates of a prompt are, with all cells and without each of them.
+
+    That is distinct-2 and the mean pairwise similarity, averaged over the prompts. The tokens are
+    the model's.
+    """
+    encoded = {}  # cell -> prompt -> the ids of its answers
+    for cell in dict.fromkeys([*CELLS["negatives"], *CELLS["positives"]]):
+        for side in candidates:
+            for i, answers in enumerate(side.get(cell, [])):
+                ids = [model.tok(a.text, add_special_tokens=False)["input_ids"] for a in answers]
+                encoded.setdefault(cell, {}).setdefault(i, []).extend(ids)
+
+    found = {"all": diversity_of(list(encoded.values()))}
+    if len(encoded) > 1:
+        for name in encoded:
+            rest = [prompts for cell, prompts in encoded.items() if cell != name]
+            found[f"without {name}"] = diversity_of(rest)
+    return found
+
+
+def diversity_of(cells: list[dict[int, list[list[int]]]]) -> dict[str, float | None]:
+    """distinct-2 and similarity of each prompt's answers from these cells, averaged."""
+    distinct, similar = [], []
+    for i in range(len(cells[0])):
+        answers = []
+        for cell in cells:
+            answers += cell[i]
+        distinct.append(distinct2(answers))
+        likeness = similarity(answers)
+        if likeness is not None:
+            similar.append(likeness)
+    return {
+        "distinct2": common.mean_or_none(distinct),
+        "similarity": common.mean_or_none(similar),
+    }
+
+
+# ------------------------------------------------------------------------- validity
+
+
+def judge_pairs(c, at: Slice, pairs: list[dict], judge) -> list[dict]:
+    """The judge's correction of every pair, in the slice's judged.jsonl.
+
+    A row is {"id", "verdict", "unreadable"}. Everything is kept without a judge or correction.
+    """
+
+    def work(items, number):
+        verdicts = ["A"] * len(items)  # without a judge the positive stays the better one
+        if c.correct and judge:
+            verdicts = judge.compare([both_answers(pairs[i]) for i in items])
+        rows = []
+        for i, verdict in zip(items, verdicts):
+            row = {"id": pairs[i]["id"], "verdict": correction(verdict)}
+            rows.append({**row, "unreadable": verdict is None})
+        return rows
+
+    texts = [(pair["id"], pair["chosen"], pair["rejected"]) for pair in pairs]
+    judged = job.phase(
+        at.folder / "judged.jsonl",
+        list(range(len(pairs))),
+        work,
+        c.sample_batch,
+        settings=[c.correct, c.judge, texts],
+        note=f"{at.name}: correct",
+    )
+    if judge:
+        judge.free()
+    return judged
+
+
+def both_answers(pair: dict) -> tuple:
+    """A pair as a judge compares it."""
+    return pair["prompt"], pair["chosen"], pair["rejected"]
+
+
+def awaits_person(c, at: Slice, pairs: list[dict], people: dict[str, str]) -> bool:
+    """Whether a slice's pairs are to be exported for a person, who has not judged any of them."""
+    judged = any(pair["id"] in people for pair in pairs)
+    return c.export_pairs is not None and not at.trained and not judged
+
+
+def correct_pairs(
+    c, at: Slice, made: list[dict], judged: list[dict], people: dict[str, str]
+) -> list[dict]:
+    """The pairs with their final verdicts, in the slice's pairs.jsonl.
+
+    The file is written before the training and never after it: of a trained slice it holds what it
+    was trained on.
+    """
+    silent = [pair["id"] for pair in made if pair["id"] not in people]
+    if c.judge == "none" and c.correct and not at.trained and silent:
+        job.die(
+            f"slice {at.name}: {len(silent)} pairs have no verdict, {silent[0]} the first: "
+            "add them to --verdicts, or name a --judge"
+        )
+    text = job.json_lines(apply_verdicts(made, judged, people, at.name))
+    file, state = at.folder / "pairs.jsonl", at.folder / "state.pt"
+    if state.exists() and file.read_text() != text:
+        job.die(
+            f"slice {at.name} is being trained on pairs with other verdicts: "
+            f"go on with those, or delete {state}"
+        )
+    if job.on_rank_0() and not at.trained:
+        job.write_atomic(file, text)
+    job.barrier()
+    return job.read_jsonl(file)
+
+
+def apply_verdicts(
+    pairs: list[dict], judged: list[dict], people: dict[str, str], where: str
+) -> list[dict]:
+    """Pairs with meta.verdict; where that is swap, their sides are exchanged.
+
+    A person's verdict outranks the judge's. where: the slice's name, with which the ids begin.
+    """
+    ids = {pair["id"] for pair in pairs}
+    unknown = [name for name in people if name.split("/")[0] == where and name not in ids]
+    if unknown:
+        others = f" (nor {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        job.die(f"--verdicts: no pair has the id {unknown[0]!r}{others}")
+
+    corrected = []
+    for pair, by_judge in zip(pairs, judged):
+        by_person = pair["id"] in people
+        meta = {
+            **pair["meta"],
+            "verdict": people[pair["id"]] if by_person else by_judge["verdict"],
+            "by": "person" if by_person else "judge",
+            "unreadable": by_judge["unreadable"] and not by_person,
+        }
+        chosen, rejected = pair["chosen"], pair["rejected"]
+        if meta["verdict"] == "swap":
+            chosen, rejected = rejected, chosen
+            ended = meta["rejected_ended"], meta["chosen_ended"]
+            meta["chosen_ended"], meta["rejected_ended"] = ended
+        corrected.append({**pair, "chosen": chosen, "rejected": rejected, "meta": meta})
+    return corrected
+
+
+def read_verdicts(path: str, c) -> dict[str, str]:
+    """A person's verdicts by id.
+
+    A row without id, or with an unknown slice or word, ends the program, naming file and line.
+    """
+    found = {}
+    slices = set()
+    for round_ in range(1, c.rounds + 1):
+        slices.update(f"{round_}.{part}" for part in range(1, c.slices + 1))
+    for where, row in datafiles.read_file(Path(path)):
+        name = verdict = None
+        if isinstance(row, dict):
+            name, verdict = row.get("id"), row.get("verdict")
+        if not isinstance(name, str) or name.split("/")[0] not in slices:
+            job.die(
+                f"{where}: no pair has the id {name!r} "
+                "(expected ROUND.SLICE/PROMPT/NUMBER as in --export_pairs)"
+            )
+        if verdict not in ("keep", "swap", "drop"):
+            job.die(f"{where}: {name}: the verdict is {verdict!r}, expected keep, swap or drop")
+        if found.setdefault(name, verdict) != verdict:
+            job.die(f"{where}: {name} has two verdicts, {found[name]} and {verdict}")
+    return found
+
+
+def export(path: str, at: Slice, pairs: list[dict], judged: list[dict]):
+    """Writes a slice's pairs for a person, as made, with the judge's verdicts to begin with.
+
+    This is what --verdicts reads.
+    """
+    if not job.on_rank_0():
+        return
+    rows = []
+    for pair, by_judge in zip(pairs, judged):
+        prompt = pair["prompt"]
+        if len(prompt) == 1:
+            prompt = prompt[0]["content"]
+        rows.append(
+            {
+                "id": pair["id"],
+                "verdict": by_judge["verdict"],
+                "cell": pair["meta"]["cell"],
+                "prompt": prompt,
+                "chosen": pair["chosen"],
+                "rejected": pair["rejected"],
+            }
+        )
+    job.write_atomic(Path(path), job.json_lines(rows))
+    print(
+        f"{len(pairs)} pairs of slice {at.name} in {path}: edit their verdicts (keep, swap, drop), "
+        f"then go on with --resume --verdicts {path}"
+    )
+
+
+def encode_kept(c, at: Slice, tok, pairs: list[dict]) -> tuple[list[Pair], Counter]:
+    """The ids of the pairs that were not dropped, and how many were left out, by reason."""
+    kept = [pair for pair in pairs if pair["meta"]["verdict"] != "drop"]
+    encoded, left_out = common.encode_pairs(tok, kept, c.max_prompt, c.max_response)
+    if not encoded:
+        job.die(
+            f"slice {at.name}: no pair left to train on: {len(pairs)} made, "
+            f"{len(pairs) - len(kept)} dropped by correction"
+        )
+    return encoded, left_out
+
+
+# ------------------------------------------------------------------------- adaptivity: training
+
+
+def train(c, at: Slice, pairs: list[Pair], start: Model):
+    """Trains the policy from `start`, which is also the reference, on one slice's pairs.
+
+    The result goes to the slice's folder as checkpoint/, training states as state.pt, lines of
+    metrics to metrics.jsonl beside the folder.
+    """
+    # the two models, and the optimizer
+    device = start.device
+    policy = shard(Scorer, start.path, c, device)
+    reference = shard(frozen_scorer, start.path, c, device, c.offload_reference)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
+    parts = {"policy": (policy, optimizer)}  # what a training state holds
+
+    # the steps, and what is around them
+    sizes = [pair.tokens for pair in pairs] if c.sort_by_length else None
+    steps = step_order(len(pairs), c, c.seed, "order", at.name, sizes=sizes)
+    file, tags = at.folder.parent / "metrics.jsonl", {"iteration": at.number, "slice": at.name}
+    names = {"note": f"slice {at.name}", "place": f"slice {at.name}"}
+    run = job.TrainingRun(c, at.folder, steps, parts, device, metrics=file, tags=tags, **names)
+    if c.offload_reference:
+        reference.lm.model.layers.cpu()  # now that TrainingRun has loaded all of it
+
+    for step in run:  # goes on after a kill, ends on SIGTERM
+        sums = descend(c, policy, reference, pairs, steps[step], device)
+        lr = c.lr * lr_factor(step, len(steps), c.warmup)
+        norm = take_step(optimizer, lr, c.clip)
+
+        metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])
+        run.write(step, metrics, lr=lr, grad_norm=norm, more=clip_note(metrics))
+    job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path)
+
+
+def frozen_scorer(lm) -> Scorer:
+    return Scorer(lm.requires_grad_(False))
+
+
+def descend(
+    c,
+    policy: nn.Module,
+    reference: nn.Module,
+    pairs: list[Pair],
+    indices: list[int],
+    device,
+) -> dict[str, Tensor]:
+    """Adds the gradient of the mean loss over the pairs `indices`, which all ranks share.
+
+    Returns this rank's part of the pairs' mean metrics.
+    """
+    n = len(indices)  # of the whole step: every rank knows all rows
+    sums = {}
+    micros = micro_batches(indices, c)
+    for j, (some, weights) in enumerate(micros):
+        ids, mask = common.collate_pairs([pairs[i] for i in some], device)  # [2B, T]
+        weight = torch.tensor(weights, device=device)  # [B]
+
+        with no_sync(policy, last=j + 1 == len(micros)):
+            with autocast(c, device, policy):
+                logps = common.by_pair(policy(ids, mask))  # [B, 2]
+                with torch.no_grad():
+                    ref_logps = common.by_pair(reference(ids, mask))  # [B, 2]
+            chosen, rejected = implicit_rewards(logps, ref_logps, c.beta)
+            losses = dual_clip_losses(chosen, rejected, c.clip_chosen, c.clip_rejected)
+            loss = (weight * losses).sum() / n
+            (loss * job.world_size()).backward()  # summed over ranks: DDP and FSDP average
+
+        values = common.preference_metrics(losses, chosen, rejected, logps)
+        of_chosen, of_rejected = clipped(chosen, rejected, c.clip_chosen, c.clip_rejected)
+        values["clipped/chosen"] = of_chosen
+        values["clipped/rejected"] = of_rejected
+        common.add_weighted(sums, values, weight, n)
+    return sums
+
+
+def clip_note(metrics: dict[str, float]) -> str:
+    """Rewards and clipped shares of both sides, for the console's line."""
+    return (
+        f" · rewards {metrics['rewards/chosen']:+.2f} {metrics['rewards/rejected']:+.2f}"
+        f" · clipped {metrics['clipped/chosen']:.0%} {metrics['clipped/rejected']:.0%}"
+    )
+
+
+# ------------------------------------------------------------------------- input
+
+
+def prepare(c, device):
+    """Reads and checks all input and shows the plan, before the first weight is read.
+
+    Returns the model to start from, the training rows in slices, the held-out rows, the verdicts of
+    people by id, and the judge.
+    """
+    tok, config = common.load_tokenizer(c.model)
+    for path in c.older + c.smaller:
+        common.load_tokenizer(path)
+    common.check_context(c.model, config, c.max_prompt, c.max_response)
+    parts, test_rows, dropped = read_rows(c, tok)
+    people = read_verdicts(c.verdicts, c) if c.verdicts else {}
+
+    policy = Model(c.model, tok, device, getattr(torch, c.dtype))
+    judge = common.make_judge(c.judge, Path(c.out) / "judge", device, policy.dtype, toy.score)
+    if job.on_rank_0():
+        show_plan(c, tok, parts, test_rows, dropped, device)
+    return policy, parts, test_rows, people, judge
+
+
+def read_rows(c, tok) -> tuple[list[list[dict]], list[dict], Counter]:
+    """Training rows in slices, held-out rows, and how many were left out, by reason.
+
+    A pair's chosen side is its response; its rejected side is kept as a candidate.
+    """
+    need = "pair" if "human" in c.negatives and has_pairs(c.data) else "response"
+    rows, test_rows, dropped = datafiles.load_split(
+        c.data, c.test, need, c.limit, c.test_prompts, test_need="response"
+    )
+    test_rows = test_rows[: c.limit]
+    for row in rows + test_rows:
+        if "response" not in row:
+            row["response"] = row["chosen"]
+
+    found = len(rows) + len(test_rows)
+    rows = common.fitting(tok, rows, c.max_prompt)
+    test_rows = common.fitting(tok, test_rows, c.max_prompt)
+    dropped["prompts longer than --max_prompt"] = found - len(rows) - len(test_rows)
+    if len(rows) < c.slices or not test_rows:
+        job.die(
+            f"{c.data}: {len(rows)} training and {len(test_rows)} held-out prompts of at most "
+            f"{c.max_prompt} tokens: too few for {c.slices} slices (--test names held-out data)"
+        )
+    order = random.Random(job.seed_of(c.seed, "slices")).sample(rows, len(rows))
+    return [order[i :: c.slices] for i in range(c.slices)], test_rows, dropped
+
+
+def has_pairs(spec: str) -> bool:
+    """Whether the first row has a rejected side."""
+    for _, row in datafiles.read_raw(spec):
+        return isinstance(row, dict) and bool(row.get("rejected") or row.get("generated"))
+    return False
+
+
+# ------------------------------------------------------------------------- measurements
+
+
+def measure(c, at: Slice, model: Model, rows: list[dict], sampling: Sampling, judge) -> dict:
+    """What a model is worth on the held-out prompts: by itself, and against the start model."""
+    seed, note = job.seed_of(c.seed, "answers", at.name), f"{at.name}: "
+    result = common.held_out(at.folder, rows, model, sampling, judge, seed, note)
+    for share in ("win", "tie", "loss"):
+        result[f"{share}_annotation"] = result.pop(share)
+    if judge and at.number:
+        start = at.folder.parent / "start"
+        result.update(against_start(at.folder, start, judge, c.sample_batch, note))
+    first_or_last = at.name in ("start", f"{c.rounds}.{c.slices}")
+    if judge and c.n_scores and first_or_last:
+        result.update(score_spread(c, at, rows, model, sampling, judge))
+    if judge:
+        judge.free()
+    return result
+
+
+def against_start(folder: Path, start: Path, judge, size: int, note: str) -> dict[str, float]:
+    """The shares of held-out answers that win, tie and lose against the start model's.
+
+    The judge is asked in both orders; its verdicts are in folder/against.jsonl.
+    """
+    new = job.read_jsonl(folder / "answers.jsonl")
+    old = job.read_jsonl(start / "answers.jsonl")
+    words = {"A": "win", "B": "loss"}
+
+    def work(items, number):
+        asked = [(new[i]["prompt"], new[i]["response"], old[i]["response"]) for i in items]
+        rows = []
+        for i, verdict in zip(items, judge.compare(asked)):
+            rows.append({"id": new[i]["id"], "verdict": words.get(verdict, verdict)})
+        return rows
+
+    texts = [(mine["response"], others["response"]) for mine, others in zip(new, old)]
+    rows = job.phase(
+        folder / "against.jsonl",
+        list(range(len(new))),
+        work,
+        size,
+        settings=[judge.spec, texts],
+        note=f"{note}against the start",
+    )
+    counts = Counter(row["verdict"] for row in rows)
+    read = len(rows) - counts[None]
+    return {name: counts[name] / max(1, read) for name in ("win", "tie", "loss")}
+
+
+def score_spread(c, at: Slice, rows: list[dict], model: Model, sampling: Sampling, judge) -> dict:
+    """Fig. 5: how the judge's scores of n_scores answers to each held-out prompt are spread.
+
+    Writes the slice's spread.jsonl. Returns mean skewness and kurtosis, and the share of prompts
+    all of whose scores are equal (they have neither).
+    """
+    n = c.n_scores
+    drawn = common.generate(
+        at.folder / "many.jsonl",
+        rows,
+        model,
+        sampling,
+        job.seed_of(c.seed, "many", at.folder.name),
+        n=n,
+        note=f"{at.name}: sample {n} each",
+    )
+
+    def work(items, number):
+        asked = []
+        for i in items:
+            answers = drawn[i * n : (i + 1) * n]
+            asked += [(rows[i]["prompt"], answer["response"]) for answer in answers]
+        scores = judge.score(asked)
+
+        spread = []
+        for place, i in enumerate(items):
+            read = [s for s in scores[place * n : (place + 1) * n] if s is not None]
+            skewness, kurtosis = skewness_kurtosis(read) or (None, None)
+            row = {"id": rows[i]["id"], "mean": common.mean_or_none(read)}
+            spread.append({**row, "skewness": skewness, "kurtosis": kurtosis})
+        return spread
+
+    found = job.phase(
+        at.folder / "spread.jsonl",
+        list(range(len(rows))),
+        work,
+        c.sample_batch,
+        settings=[judge.spec, model.path, n],
+        note=f"{at.name}: score {n} each",
+    )
+    spread = [row for row in found if row["skewness"] is not None]
+    return {
+        "skewness": common.mean_or_none([row["skewness"] for row in spread]),
+        "kurtosis": common.mean_or_none([row["kurtosis"] for row in spread]),
+        "no_spread": 1 - len(spread) / len(found),
+    }
+
+
+FATES = ("pairs", "kept", "swapped", "dropped", "unreadable")
+
+
+def training_summary(
+    out: Path, at: Slice, pairs: list[dict], encoded: list[Pair], left_out: Counter
+) -> dict:
+    """What results.json says of a slice's pairs and of its training.
+
+    Rewards and clipped shares are means over the last quarter of its steps.
+    """
+    fate = {"keep": "kept", "swap": "swapped", "drop": "dropped"}
+    cells = {}
+    for pair in pairs:
+        meta = pair["meta"]
+        counts = cells.setdefault(meta["cell"], dict.fromkeys(FATES, 0))
+        counts["pairs"] += 1
+        counts[fate[meta["verdict"]]] += 1
+        counts["unreadable"] += meta["unreadable"]
+
+    steps = [line for line in job.read_jsonl(out / "metrics.jsonl") if line["slice"] == at.name]
+    end = steps[-math.ceil(len(steps) / 4) :]
+    return {
+        "round": at.round,
+        "slice": at.part,
+        "pairs": len(encoded),
+        "left_out": dict(left_out),
+        "made": len(pairs),
+        "cells": cells,
+        "steps": len(steps),
+        "chosen_reward": common.mean_or_none([line["rewards/chosen"] for line in end]),
+        "rejected_reward": common.mean_or_none([line["rewards/rejected"] for line in end]),
+        "clipped_chosen": common.mean_or_none([line["clipped/chosen"] for line in end]),
+        "clipped_rejected": common.mean_or_none([line["clipped/rejected"] for line in end]),
+    }
+
+
+# ------------------------------------------------------------------------- plan and report
+
+
+def show_plan(c, tok, parts, test_rows: list[dict], dropped: Counter, device):
+    """The header: what will be done with what, and one example with its loss mask."""
+    plural = "s" if c.rounds > 1 else ""
+    correction_by = f"by {c.judge}" if c.correct else "off"
+    print(
+        f"TSO · {job.preset_note(c)} · {c.rounds} round{plural} x {c.slices} slices"
+        f" · positives {', '.join(c.positives)} · negatives {', '.join(c.negatives)}"
+        f" · correction {correction_by} · clip {c.clip_chosen:g}/{c.clip_rejected:g}"
+    )
+    print(
+        f"current {c.model} · older {', '.join(c.older) or 'none'}"
+        f" · smaller {', '.join(c.smaller) or 'none'}"
+    )
+    prompts = sum(len(part) for part in parts)
+    print(
+        f"data {c.data}: {prompts} training prompts in slices of {len(parts[0])}, "
+        f"{len(test_rows)} held-out prompts" + job.left_out_note(dropped)
+    )
+    steps = len(step_order(len(parts[0]) * c.pairs_per_prompt, c))
+    print(job.batch_note(c, f"at most {steps} steps a slice", device))
+    print(job.memory_plan(lm_shapes(c.model), c, chunk=common.CHUNK, reference=True))
+    common.show_example(tok, parts[0][0], c.max_response)
+
+
+def report(out: Path, results: list[dict], model: str, started: float):
+    """samples.md, the tables of results, and where the model is."""
+    if not job.on_rank_0():
+        return
+    folders = [out / "start"]
+    folders += [out / f"round{r['round']}-slice{r['slice']}" for r in results[1:]]
+    job.write_samples(out, "slice", {folder.name: folder for folder in folders})
+
+    columns = "round slice score full_marks win tie loss chosen_reward rejected_reward"
+    columns += " clipped_chosen clipped_rejected pairs steps"
+    print(job.table(results, columns.split()))
+
+    totals = {}
+    for result in results[1:]:
+        for cell, counts in result["cells"].items():
+            totals.setdefault(cell, Counter()).update(counts)
+    cells = [{"cell": cell, **counts} for cell, counts in totals.items()]
+    print(job.table(cells, ["cell", *FATES]))
+
+    found = results[-1]["diversity"]
+    rows = [{"candidates": name, **values} for name, values in found.items()]
+    print(job.table(rows, ["candidates", "distinct2", "similarity"]))
+    job.show_end(out, "results.json, samples.md, metrics.jsonl", model, started)
+
+
+# ------------------------------------------------------------------------- the scaffold
+# The regions between the markers are one text in the three scripts: a test compares them.
 
 
 # --- same in dnpo.py, tso.py, sams.py: shard ---
 def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
-    """wrap(lm) -> a Scorer in float32, ready for the loop: activation checkpointing, then DDP, FSDP2 (hsdp: sharded inside a node, replicated across) or one device.
-    Under FSDP no rank but the first ever holds the whole model, and that one on the CPU. offload: the layers may be moved to the CPU; each then comes back for its forward pass."""
+    """Loads a model in float32 and makes it ready for the loop: a Scorer, made by wrap(lm).
+
+    First comes activation checkpointing, then DDP, FSDP2 (hsdp: sharded inside a node, replicated
+    across) or one device. Under FSDP only rank 0 ever holds the whole model, on its CPU. offload:
+    the layers may be moved to the CPU; each then comes back for its forward pass.
+    """
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
-    trained = any(p.requires_grad for p in module.parameters())
+    layers = module.lm.model.layers
+
     if c.activation_checkpointing and any(p.requires_grad for p in module.lm.parameters()):
-        for layer in module.lm.model.layers:
+        for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
     if not sharded:
         module = module.to(device)
+        trained = any(p.requires_grad for p in module.parameters())
         return DDP(module) if dist.is_initialized() and trained else module
-    full, own = wrap(load_lm(path, torch.float32, "cpu")) if ranks()[0] == 0 else None, dict(mp_policy=MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32))
+
+    full = None
+    if job.on_rank_0():
+        full = wrap(load_lm(path, torch.float32, "cpu"))
+    options = {"mp_policy": MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32)}
     if c.parallel == "hsdp":
-        own["mesh"] = node_mesh(device.type)
-    for layer in module.lm.model.layers:
-        fully_shard(layer, **own, offload_policy=CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy())
-    fully_shard(module, **own)  # the root holds embedding and head together: they may be tied
-    return fill(module, full, device)
+        options["mesh"] = job.node_mesh(device.type)
+    offload_policy = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
+    for layer in layers:
+        fully_shard(layer, **options, offload_policy=offload_policy)
+    fully_shard(module, **options)  # the root holds embedding and head: they may be tied
+    return job.fill(module, full, device)
 
 
+# --- end: shard ---
+
+
+# --- same in dnpo.py, tso.py, sams.py: precision ---
 def autocast(c, device, module: nn.Module):
     """bf16 compute over fp32 weights in a forward pass; FSDP casts by itself."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16" and not isinstance(module, FSDPModule))
+    enabled = c.dtype == "bfloat16" and not isinstance(module, FSDPModule)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def no_sync(*modules: nn.Module, last: bool):
@@ -246,397 +1082,109 @@ def no_sync(*modules: nn.Module, last: bool):
         if isinstance(module, DDP) and not last:
             stack.enter_context(module.no_sync())
     return stack
-# --- end: shard ---
+
+
+# --- end: precision ---
 
 
 # --- same in dnpo.py, tso.py, sams.py: order ---
 def step_order(n: int, c, *seed, sizes: list[int] | None = None) -> list[list[int]]:
-    """The pairs' indices of every optimizer step: a seeded permutation per epoch, cut into batches; an epoch's last may be smaller.
-    With sizes, a step's pairs are sorted by them: its micro-batches have less padding, and the step is the same."""
+    """The pairs' indices of every optimizer step.
+
+    Every epoch is a seeded permutation of the n pairs, cut into batches; its last may be smaller.
+    With sizes, a step's pairs are sorted by them: less padding in its micro-batches, the same step.
+    """
     steps = []
     for epoch in range(c.epochs):
-        order = random.Random(seed_of(*seed, epoch)).sample(range(n), n)
-        steps += [order[i:i + c.batch] for i in range(0, n, c.batch)]
-    return [sorted(step, key=sizes.__getitem__) if sizes else step for step in steps[:c.max_steps]]
+        order = random.Random(job.seed_of(*seed, epoch)).sample(range(n), n)
+        steps += [order[i : i + c.batch] for i in range(0, n, c.batch)]
+    steps = steps[: c.max_steps]
+    if sizes:
+        steps = [sorted(step, key=sizes.__getitem__) for step in steps]
+    return steps
 
 
 def micro_batches(step: list[int], c) -> list[tuple[list[int], list[float]]]:
-    """This rank's share of a step as (indices, weights). Every rank gets equally many, equally large ones; places left over
-    are filled with a pair of weight 0. The loss is divided by the pairs of the whole step, so the split changes nothing."""
-    rank, world = ranks()
+    """This rank's share of a step as micro-batches of (indices, weights).
+
+    Every rank gets equally many, equally large ones. Places left over are filled with a pair of
+    weight 0, and the loss is divided by the pairs of the whole step, so the split changes nothing.
+    """
+    world = job.world_size()
     micro = min(c.micro_batch, math.ceil(len(step) / world))
-    share = math.ceil(len(step) / (world * micro)) * micro
-    mine = [(i, 1.0) for i in step] + [(step[0], 0.0)] * (share * world - len(step))
-    return [tuple(zip(*mine[rank::world][i:i + micro])) for i in range(0, share, micro)]
+    share = math.ceil(len(step) / (world * micro)) * micro  # places of a rank
+    fillers = share * world - len(step)
+
+    indices = step + [step[0]] * fillers
+    weights = [1.0] * len(step) + [0.0] * fillers
+    indices, weights = indices[job.rank() :: world], weights[job.rank() :: world]
+    return [(indices[i : i + micro], weights[i : i + micro]) for i in range(0, share, micro)]
 
 
-def lr_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over the first `warmup` of the steps, then a cosine to 0; step counts from 0."""
-    rise = max(1, round(warmup * steps))
-    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
-    """Clips, steps, clears; -> the gradient's norm before clipping."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(params, clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 # --- end: order ---
 
 
-# ---------------------------------------------------------------- the model matrix, and correction
+# --- same in dnpo.py, tso.py, sams.py: step ---
+def lr_factor(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` of the steps, then a cosine to 0; step is from 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def sample_matrix(c, rows: list[dict], current: str, older: list[str], folder: Path, tok, sampling: dict, note: str) -> dict[str, list[list[dict]]]:
-    """Candidates of every cell for every row: {cell: [[{"text", "ended"}, ...] per row]}; one model in memory at a time, one file a model.
-    `current` holds n_positive answers, `current-` n_negative more for --negatives current; `older` and `smaller` n_negative of each of their models."""
-    found = {cell: [[] for _ in rows] for cell in ("current", "current-", "older", "smaller", "human", "human-")}
-
-    def draw_from(name: str, model: str, cells: list[tuple[str, int]]):
-        own_tok, n = (tok if name == "current" else load_tokenizer(model)[0]), sum(k for _, k in cells)
-        drawn = generate(folder / f"candidates-{name}.jsonl", rows, model, own_tok, n=n, seed=seed_of(c.seed, "candidates", folder.name, name), note=f"{note}sample {name}", **sampling)
-        for i, answer in enumerate(drawn):
-            cell = [cell for cell, k in cells for _ in range(k)][i % n]
-            found[cell][i // n].append({"text": answer["response"], "ended": answer["meta"]["finish"] == "stop"})
-    cells = [("current", c.n_positive)] * ("current" in c.positives) + [("current-", c.n_negative)] * ("current" in c.negatives)
-    if cells:
-        draw_from("current", current, cells)
-    for cell, models in (("older", older), ("smaller", c.smaller)):
-        for i, model in enumerate(models if cell in c.negatives else []):
-            draw_from(f"{cell}{i}", model, [(cell, c.n_negative)])
-    for i, row in enumerate(rows):
-        for cell, side, wanted in (("human", "response", c.positives), ("human-", "rejected", c.negatives)):
-            if "human" in wanted and row.get(side):
-                found[cell][i].append({"text": row[side], "ended": True})
-    return {cell: answers for cell, answers in found.items() if any(answers)}
+def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
+    """Clips, steps and clears the gradients; returns their norm before clipping."""
+    params = []
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        params += group["params"]
+    norm = torch.nn.utils.clip_grad_norm_(params, clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return norm.item()
 
 
-def make_pairs(c, rows: list[dict], found: dict[str, list[list[dict]]], where: str) -> tuple[list[dict], int]:
-    """Pairs of different texts, pairs_per_prompt a row, evenly over the cells (positive x negative): every row begins with the next cell.
-    -> pairs with meta.cell, ids WHERE/ROW/NUMBER; and how many prompts gave none."""
-    positive, negative = ([cell for cell in found if cell in names] for names in (("current", "human"), ("current-", "older", "smaller", "human-")))
-    cells, pairs, none = [(p, n) for p in positive for n in negative], [], 0
-    for i, row in enumerate(rows):
-        rng, used, taken = random.Random(seed_of(c.seed, "pairs", where, row["id"])), set(), 0
-        for turn in range(c.pairs_per_prompt * len(cells)):
-            p, n = cells[(i * c.pairs_per_prompt + turn) % len(cells)]
-            free = [(y, z) for y in found[p][i] for z in found[n][i] if y["text"] != z["text"] and y["text"].strip() and z["text"].strip() and (y["text"], z["text"]) not in used]
-            if taken < c.pairs_per_prompt and free:
-                y, z = rng.choice(free)
-                used |= {(y["text"], z["text"])}
-                pairs.append({"id": f"{where}/{row['id']}/{taken}", "prompt": row["prompt"], "chosen": y["text"], "rejected": z["text"], "meta": {
-                    "cell": f"{p} > {n.rstrip('-')}", "chosen_ended": y["ended"], "rejected_ended": z["ended"]}})
-                taken += 1
-        none += not taken
-    return pairs, none
+# --- end: step ---
 
 
-def read_verdicts(path: str, c) -> dict[str, str]:
-    """A person's verdicts by id. A row without id or with an unknown slice or word ends the program, naming file and line."""
-    found, slices = {}, {f"{n}.{m}" for n in range(1, c.rounds + 1) for m in range(1, c.slices + 1)}
-    for where, row in read_file(Path(path)):
-        name, verdict = (row.get("id"), row.get("verdict")) if isinstance(row, dict) else (None, None)
-        if not isinstance(name, str) or name.split("/")[0] not in slices:
-            die(f"{where}: no pair has the id {name!r} (expected ROUND.SLICE/PROMPT/NUMBER as in --export_pairs)")
-        if verdict not in ("keep", "swap", "drop"):
-            die(f"{where}: {name}: the verdict is {verdict!r}, expected keep, swap or drop")
-        if found.setdefault(name, verdict) != verdict:
-            die(f"{where}: {name} has two verdicts, {found[name]} and {verdict}")
-    return found
+# --- same in dnpo.py, tso.py, sams.py: setup ---
+def setup(c) -> torch.device:
+    """Joins the process group if torchrun started us, and returns this rank's device.
+
+    Makes the toy world if a flag names a part of it and it is missing.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        if c.parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
+            job.die(
+                "--parallel none trains on one process: "
+                "start it without torchrun, or use --parallel ddp or fsdp"
+            )
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo", **job.torchrun_store())
+    job.stop_on_sigterm()
+
+    world = job.world_size()
+    share = c.batch // world
+    if c.batch % world or share % min(c.micro_batch, share):
+        job.die(
+            f"--batch {c.batch} can't be divided by {world} ranks x --micro_batch {c.micro_batch}"
+        )
+    if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
+        if job.on_rank_0():
+            toy.make(Path("runs/toy"))
+        job.barrier()
+    return device
 
 
-def judge_pairs(c, pairs: list[dict], folder: Path, judge, note: str) -> list[dict]:
-    """The judge's correction of every pair, {"id", "verdict", "unreadable"}, in folder/judged.jsonl; keep everything without a judge."""
-    def work(items, number):
-        asked = judge.compare([(pairs[i]["prompt"], pairs[i]["chosen"], pairs[i]["rejected"]) for i in items]) if c.correct and judge else ["A"] * len(items)
-        return [{"id": pairs[i]["id"], "verdict": correction(v), "unreadable": v is None} for i, v in zip(items, asked)]
-    return phase(folder / "judged.jsonl", list(range(len(pairs))), work, c.sample_batch, [c.correct, c.judge, [(p["id"], p["chosen"], p["rejected"]) for p in pairs]], note=f"{note}correct")
-
-
-def apply_verdicts(pairs: list[dict], judged: list[dict], people: dict[str, str], where: str) -> list[dict]:
-    """Pairs with meta.verdict, sides exchanged where it is swap; a person's verdict outranks the judge's."""
-    if unknown := [name for name in people if name.split("/")[0] == where and name not in {pair["id"] for pair in pairs}]:
-        die(f"--verdicts: no pair has the id {unknown[0]!r}" + (f" (nor {len(unknown) - 1} more)" if unknown[1:] else ""))
-    out = []
-    for pair, by_judge in zip(pairs, judged):
-        meta = pair["meta"] | {"verdict": people.get(pair["id"], by_judge["verdict"]), "by": "person" if pair["id"] in people else "judge",
-                               "unreadable": by_judge["unreadable"] and pair["id"] not in people}
-        if meta["verdict"] == "swap":
-            pair = pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
-            meta |= {"chosen_ended": meta["rejected_ended"], "rejected_ended": meta["chosen_ended"]}
-        out.append(pair | {"meta": meta})
-    return out
-
-
-def export(path: str, pairs: list[dict], judged: list[dict]):
-    """Pairs for a person, as made, with the judge's verdict to begin with: what --verdicts reads."""
-    text = lambda prompt: prompt[0]["content"] if len(prompt) == 1 else prompt
-    write_atomic(Path(path), "".join(json.dumps({"id": pair["id"], "verdict": row["verdict"], "cell": pair["meta"]["cell"], "prompt": text(pair["prompt"]),
-                                                 "chosen": pair["chosen"], "rejected": pair["rejected"]}, ensure_ascii=False) + "\n" for pair, row in zip(pairs, judged)))
-
-
-def diversity(found: dict[str, list[list[dict]]], tok) -> dict[str, dict]:
-    """distinct-2 and mean pairwise similarity of a prompt's candidates, averaged over prompts: of all cells, and without each of them."""
-    encoded = {cell: [[tok(a["text"], add_special_tokens=False)["input_ids"] for a in answers] for answers in per_row] for cell, per_row in found.items()}
-    names = dict.fromkeys(cell.rstrip("-") for cell in encoded)
-
-    def of(kept):
-        sets = [list(itertools.chain(*answers)) for answers in zip(*(encoded[cell] for cell in encoded if cell.rstrip("-") in kept))]
-        similar = [s for s in map(similarity, sets) if s is not None]
-        return {"distinct2": sum(map(distinct2, sets)) / len(sets), "similarity": sum(similar) / len(similar) if similar else None}
-    return {"all": of(names)} | {f"without {name}": of(names.keys() - {name}) for name in (names if len(names) > 1 else [])}
-
-
-# ---------------------------------------------------------------- one slice's training
-
-
-def descend(c, policy: nn.Module, reference: nn.Module, pairs: list[tuple], indices: list[int], device) -> dict[str, Tensor]:
-    """Adds the gradient of the mean loss over the pairs `indices` of all ranks; -> this rank's part of their mean metrics."""
-    B, sums, micros = len(indices), {}, micro_batches(indices, c)
-    for j, (some, weights) in enumerate(micros):
-        ids, mask = collate([pairs[i][:2] for i in some] + [(pairs[i][0], pairs[i][2]) for i in some], device)
-        weight = torch.tensor(weights, device=device)
-        with no_sync(policy, last=j + 1 == len(micros)):
-            with autocast(c, device, policy):
-                logps = policy(ids, mask)  # [2B]
-                with torch.no_grad():
-                    ref_logps = reference(ids, mask)  # [2B]
-            chosen, rejected = implicit_rewards(logps, ref_logps, c.beta)
-            losses = dual_clip_losses(chosen, rejected, c.clip_chosen, c.clip_rejected)
-            ((weight * losses).sum() / B * ranks()[1]).backward()  # DDP and FSDP average over ranks
-        clipped_chosen, clipped_rejected = clipped(chosen, rejected, c.clip_chosen, c.clip_rejected)
-        for name, value in {"loss": losses, "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-                            "rewards/accuracies": (chosen > rejected).float(), "clipped/chosen": clipped_chosen, "clipped/rejected": clipped_rejected,
-                            "logps/chosen": logps[:len(weight)], "logps/rejected": logps[len(weight):]}.items():
-            sums[name] = sums.get(name, 0.0) + (weight * value.detach()).sum() / B
-    return sums
-
-
-def train(c, number: int, where: str, pairs: list[tuple], start: str, folder: Path, tok, device):
-    """The policy from `start`, which is also the reference, on one slice's pairs, into folder/checkpoint; training states in folder/state.pt, lines in metrics.jsonl."""
-    policy = shard(Scorer, start, c, device)
-    reference = shard(lambda lm: Scorer(lm.requires_grad_(False)), start, c, device, c.offload_reference)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
-    sizes = [sum(map(len, pair[:3])) for pair in pairs] if c.sort_by_length else None
-    steps, state, metrics, parts = step_order(len(pairs), c, c.seed, "order", where, sizes=sizes), folder / "state.pt", folder.parent / "metrics.jsonl", {"policy": (policy, optimizer)}
-    first = load_state(state, parts)["step"] if state.exists() else 0
-    if c.offload_reference:
-        reference.lm.model.layers.cpu()  # after load_state, which wants all of a module on one device
-    if ranks()[0] == 0:
-        truncate_metrics(metrics, lambda m: (m["iteration"], m["step"]) <= (number, first))
-    barrier()
-    bar, started = progress(range(first, len(steps)), f"slice {where}"), time.time()
-    for step in bar:
-        factor = lr_factor(step, len(steps), c.warmup)
-        sums = descend(c, policy, reference, pairs, steps[step], device)
-        norm = take_step(optimizer, factor * c.lr, c.clip)
-        m = {"iteration": number, "slice": where, "step": step + 1} | sum_ranks(sums | {"stop": torch.tensor(float(STOP.is_set()), device=device)}) | {"grad_norm": norm, "lr": factor * c.lr, "memory_gib": memory_gib(device),
-             "pairs_per_second": sum(map(len, steps[first:step + 1])) / (time.time() - started)}
-        stop = m.pop("stop")
-        if not math.isfinite(m["loss"]):
-            sys.exit(f"error: the loss is {m['loss']} at slice {where}, step {step + 1}, rows {[pairs[i][3] for i in steps[step]]}: lower --lr, or look at these rows")
-        if step == 0 and abs(m["rewards/chosen"]) > 1e-3:
-            print(f"warning: before the first step the policy differs from its reference by a reward of {m['rewards/chosen']:+.4f}; it should be 0", file=sys.stderr)
-        if ranks()[0] == 0:
-            with open(metrics, "a") as file:
-                file.write(json.dumps(m) + "\n")
-            line = metric_line(m, len(steps), (time.time() - started) / (step - first + 1) * (len(steps) - step - 1))
-            line += f" · rewards {m['rewards/chosen']:+.2f} {m['rewards/rejected']:+.2f} · clipped {m['clipped/chosen']:.0%} {m['clipped/rejected']:.0%}"
-            bar.set_description_str(line)
-            if bar.disable and (step + 1) % max(1, len(steps) // 2) == 0:
-                print(line, flush=True)
-        if ((step + 1) % c.save_every == 0 or stop) and step + 1 < len(steps):
-            save_state(state, parts, step=step + 1)
-        if stop:
-            stopped()
-    save_checkpoint(folder / "checkpoint", policy, tok, start)
-
-
-# ---------------------------------------------------------------- phases: sample the matrix -> pair -> correct -> train -> measure, slice by slice
-
-
-def against_start(folder: Path, start: Path, judge, size: int, note: str) -> dict:
-    """The judge's verdicts, both orders asked, on a model's held-out answers against the start model's, in folder/against.jsonl; -> shares."""
-    new, old = (read_jsonl(f / "answers.jsonl") for f in (folder, start))
-
-    def work(items, number):
-        asked = judge.compare([(new[i]["prompt"], new[i]["response"], old[i]["response"]) for i in items])
-        return [{"id": new[i]["id"], "verdict": {"A": "win", "B": "loss"}.get(v, v)} for i, v in zip(items, asked)]
-    rows = phase(folder / "against.jsonl", list(range(len(new))), work, size, [judge.spec, [(y["response"], z["response"]) for y, z in zip(new, old)]], note=f"{note}against the start")
-    counts = Counter(row["verdict"] for row in rows)
-    return {name: counts[name] / max(1, sum(counts.values()) - counts[None]) for name in ("win", "tie", "loss")}
-
-
-def score_spread(c, folder: Path, rows: list[dict], model: str, tok, judge, sampling: dict, note: str) -> dict:
-    """Fig. 5: skewness and kurtosis of the judge's scores over n_scores answers to each held-out prompt, in folder/spread.jsonl; -> means, and the share of
-    prompts all of whose scores are equal (they have neither)."""
-    drawn = generate(folder / "many.jsonl", rows, model, tok, n=c.n_scores, seed=seed_of(c.seed, "many", folder.name), note=f"{note}sample {c.n_scores} each", **sampling)
-
-    def work(items, number):
-        scores = judge.score([(rows[i]["prompt"], drawn[i * c.n_scores + j]["response"]) for i in items for j in range(c.n_scores)])
-        out = []
-        for k, i in enumerate(items):
-            read = [s for s in scores[k * c.n_scores:(k + 1) * c.n_scores] if s is not None]
-            skew, kurtosis = (skewness_kurtosis(read) if read else None) or (None, None)
-            out.append({"id": rows[i]["id"], "mean": sum(read) / len(read) if read else None, "skewness": skew, "kurtosis": kurtosis})
-        return out
-    found = phase(folder / "spread.jsonl", list(range(len(rows))), work, c.sample_batch, [judge.spec, model, c.n_scores], note=f"{note}score {c.n_scores} each")
-    spread = [row for row in found if row["skewness"] is not None]
-    mean = lambda name: sum(row[name] for row in spread) / len(spread) if spread else None
-    return {"skewness": mean("skewness"), "kurtosis": mean("kurtosis"), "no_spread": 1 - len(spread) / len(found)}
-
-
-def show_plan(c, tok, parts, test_rows, dropped, device):
-    """The header: what will be done with what, and one example."""
-    why = f"default {'under' if torch.cuda.is_available() else 'without'} CUDA" if not any(a.startswith("--preset") for a in sys.argv) else "asked for"
-    print(f"TSO · preset {c.preset} ({why}) · {c.rounds} round{'s' * (c.rounds > 1)} x {c.slices} slices · positives {', '.join(c.positives)} · negatives {', '.join(c.negatives)} · "
-          f"correction {'by ' + c.judge if c.correct else 'off'} · clip {c.clip_chosen:g}/{c.clip_rejected:g}")
-    print(f"current {c.model} · older {', '.join(c.older) or 'none'} · smaller {', '.join(c.smaller) or 'none'}")
-    print(f"data {c.data}: {sum(map(len, parts))} training prompts in slices of {len(parts[0])}, {len(test_rows)} held-out prompts" + "".join(f", {n} left out: {w}" for w, n in dropped.items() if n))
-    world, micro = ranks()[1], min(c.micro_batch, c.batch // ranks()[1])
-    print(f"batch {c.batch} = {world} ranks x {micro} pairs x {c.batch // world // micro} micro-batches · at most {len(step_order(len(parts[0]) * c.pairs_per_prompt, c))} steps a slice · "
-          f"{device} · {c.parallel if dist.is_initialized() else 'one process'} · weights float32, compute {c.dtype}" + (" · activation checkpointing" if c.activation_checkpointing else ""))
-    print(memory_plan(lm_shapes(c.model), c, reference=True))
-    row = parts[0][0]
-    p, y = prompt_ids(tok, row["prompt"]), response_ids(tok, row["response"], True, c.max_response)
-    print(f"example {row['id']}, no loss: {tok.decode(p)!r}\n{' ' * len(row['id'])}    with loss: {tok.decode(y)!r} ({len(p)} + {len(y)} tokens)", flush=True)
-
-
-def has_pairs(spec: str) -> bool:
-    """Whether the first row has a rejected side."""
-    _, first = next(iter(read_file(Path(spec)) if Path(spec).suffix in (".jsonl", ".json", ".parquet") else read_hub(spec)), (None, None))
-    return isinstance(first, dict) and bool(first.get("rejected") or first.get("generated"))
-
-
-def read_rows(c, tok) -> tuple[list[list[dict]], list[dict], Counter]:
-    """Training rows in slices, held-out rows, and who was left out. A pair's chosen side is its response; its rejected side is kept as a candidate."""
-    def load(spec, limit):
-        if "human" in c.negatives and has_pairs(spec):
-            rows, dropped = load_rows(spec, "pair", limit)
-            return [row | {"response": row["chosen"]} for row in rows], dropped
-        return load_rows(spec, "response", limit)
-    rows, dropped = load(c.data, c.limit if c.test else None)  # without --test the held-out rows come out of all of them
-    train_rows, test_rows = (rows, load_rows(c.test, "response", c.test_prompts)[0]) if c.test else hold_out(rows)
-    train_rows, test_rows = train_rows[:c.limit], test_rows[:min(c.test_prompts, c.limit or c.test_prompts)]
-    fits = lambda row: len(prompt_ids(tok, row["prompt"])) <= c.max_prompt
-    kept = [row for row in train_rows if fits(row)], [row for row in test_rows if fits(row)]
-    dropped["prompts longer than --max_prompt"] = len(train_rows) + len(test_rows) - sum(map(len, kept))
-    train_rows, test_rows = kept
-    if len(train_rows) < c.slices or not test_rows:
-        die(f"{c.data}: {len(train_rows)} training and {len(test_rows)} held-out prompts of at most {c.max_prompt} tokens: too few for {c.slices} slices (--test names held-out data)")
-    order = random.Random(seed_of(c.seed, "slices")).sample(train_rows, len(train_rows))
-    return [order[i::c.slices] for i in range(c.slices)], test_rows, dropped
-
-
-def main():
-    c = parse(Config, {"toy": TOY, "paper": {}})
-    device = setup(c)
-    # every check of the input comes before the first weight is read
-    tok, config = load_tokenizer(c.model)
-    for model in c.older + c.smaller:
-        load_tokenizer(model)
-    if c.max_prompt + c.max_response > config.max_position_embeddings:
-        die(f"--max_prompt {c.max_prompt} + --max_response {c.max_response} is more than {c.model}'s context of {config.max_position_embeddings} tokens")
-    parts, test_rows, dropped = read_rows(c, tok)
-    people = read_verdicts(c.verdicts, c) if c.verdicts else {}
-    judge = make_judge(c.judge, Path(c.out) / "judge", device, getattr(torch, c.dtype))
-    if ranks()[0] == 0:
-        show_plan(c, tok, parts, test_rows, dropped, device)
-    if c.dry_run:
-        return
-    free = ("out", "resume", "overwrite", "parallel", "offload_reference", "micro_batch", "save_every", "verdicts", "export_pairs", "rounds")
-    out, started = open_run(c, [c.data, c.test, c.verdicts], may_change=free), time.time()
-    sampling = dict(temperature=c.temperature, max_new_tokens=c.max_response, batch=c.sample_batch, dtype=getattr(torch, c.dtype), device=device)
-
-    def measure(folder, model, where, last):
-        result = held_out(folder, test_rows, model, tok, judge, note=f"{where}: ", seed=seed_of(c.seed, "answers", where), **sampling)
-        for name in ("win", "tie", "loss"):
-            result[f"{name}_annotation"] = result.pop(name)
-        if judge and where != "start":
-            result |= against_start(folder, out / "start", judge, c.sample_batch, f"{where}: ")
-        if judge and c.n_scores and (last or where == "start"):
-            result |= score_spread(c, folder, test_rows, model, tok, judge, sampling, f"{where}: ")
-        if judge:
-            judge.free()
-        return result
-    current, finished, number = c.model, [], 0
-    results = [{"round": 0, "slice": 0} | measure(out / "start", current, "start", False)]
-    for n, m in itertools.product(range(1, c.rounds + 1), range(1, c.slices + 1)):
-        where, folder, rows, number = f"{n}.{m}", out / f"round{n}-slice{m}", parts[m - 1], number + 1
-        older = c.older + [model for model in finished if model != current]
-        found = sample_matrix(c, rows, current, older, folder, tok, sampling, f"{where}: ")
-        made, none = make_pairs(c, rows, found, where)
-        if not made:
-            die(f"slice {where}: no pairs: positives {', '.join(c.positives)} and negatives {', '.join(c.negatives)} gave no two different texts for any prompt")
-        judged = judge_pairs(c, made, folder, judge, f"{where}: ")
-        trained = (folder / "checkpoint").exists()
-        if c.export_pairs and not trained and not any(pair["id"] in people for pair in made):
-            if ranks()[0] == 0:
-                export(c.export_pairs, made, judged)
-                print(f"{len(made)} pairs of slice {where} in {c.export_pairs}: edit their verdicts (keep, swap, drop), then go on with --resume --verdicts {c.export_pairs}")
-            break
-        if c.judge == "none" and c.correct and not trained and (silent := [pair["id"] for pair in made if pair["id"] not in people]):
-            die(f"slice {where}: {len(silent)} pairs have no verdict, {silent[0]} the first: add them to --verdicts, or name a --judge")
-        pairs = apply_verdicts(made, judged, people, where)
-        text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-        if (folder / "state.pt").exists() and (folder / "pairs.jsonl").read_text() != text:
-            die(f"slice {where} is being trained on pairs with other verdicts: go on with those, or delete {folder}/state.pt")
-        if ranks()[0] == 0 and not (folder / "checkpoint").exists():
-            write_atomic(folder / "pairs.jsonl", text)
-        barrier()
-        pairs = read_jsonl(folder / "pairs.jsonl")  # of a trained slice: what it was trained on
-        encoded, left_out = encode_pairs(tok, [pair for pair in pairs if pair["meta"]["verdict"] != "drop"], c.max_prompt, c.max_response)
-        if not encoded:
-            die(f"slice {where}: no pair left to train on: {len(pairs)} made, {sum(pair['meta']['verdict'] == 'drop' for pair in pairs)} dropped by correction")
-        if judge:
-            judge.free()
-        if not (folder / "checkpoint").exists():
-            train(c, number, where, encoded, current, folder, tok, device)
-        if ranks()[0] == 0:
-            (folder / "state.pt").unlink(missing_ok=True)
-        current = str(folder / "checkpoint")
-        finished += [current] * (m == c.slices)
-        steps = [line for line in read_jsonl(out / "metrics.jsonl") if line["slice"] == where]
-        end = steps[-math.ceil(len(steps) / 4):]
-        cells = {cell: [pair["meta"] for pair in pairs if pair["meta"]["cell"] == cell] for cell in dict.fromkeys(pair["meta"]["cell"] for pair in pairs)}
-        results.append({"round": n, "slice": m} | measure(folder, current, where, (n, m) == (c.rounds, c.slices)) | {
-            name: sum(line[key] for line in end) / len(end) for name, key in (("chosen_reward", "rewards/chosen"), ("rejected_reward", "rewards/rejected"),
-                                                                             ("clipped_chosen", "clipped/chosen"), ("clipped_rejected", "clipped/rejected"))} | {
-            "steps": len(steps), "pairs": len(encoded), "made": len(pairs), "prompts_without_pair": none, "left_out": dict(left_out),
-            "cells": {cell: {"pairs": len(metas)} | {name: sum(meta["verdict"] == word for meta in metas) for name, word in (("kept", "keep"), ("swapped", "swap"), ("dropped", "drop"))}
-                      | {"unreadable": sum(meta["unreadable"] for meta in metas)} for cell, metas in cells.items()},
-            "diversity": diversity(found, tok)})
-        if ranks()[0] == 0:
-            write_atomic(out / "results.json", json.dumps({"slices": results, "seed": c.seed, "seconds": round(time.time() - started, 1)}, indent=1))
-    else:
-        if ranks()[0] == 0:
-            report(out, results, current, started)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def report(out: Path, results: list[dict], model: str, started: float):
-    """samples.md, the tables of results, and where the model is."""
-    folders = [out / "start"] + [out / f"round{r['round']}-slice{r['slice']}" for r in results[1:]]
-    answers = [read_jsonl(folder / "test.jsonl")[:3] for folder in folders]
-    text = "# Three held-out prompts, the annotated answer, and the model's after each slice\n"
-    for k, first in enumerate(answers[0]):
-        text += f"\n## {first['prompt'][-1]['content']}\n\nannotated: {first['annotated']}\n" + "".join(f"\n{f.name}: {rows[k]['response']}\n" for f, rows in zip(folders, answers))
-    write_atomic(out / "samples.md", text)
-    print(table(results, ["round", "slice", "score", "full_marks", "win", "tie", "loss", "chosen_reward", "rejected_reward", "clipped_chosen", "clipped_rejected", "pairs", "steps"]))
-    total = {}
-    for r in results[1:]:
-        for cell, counts in r["cells"].items():
-            total[cell] = Counter(total.get(cell, {})) + Counter(counts)
-    print(table([{"cell": cell} | {name: counts[name] for name in ("pairs", "kept", "swapped", "dropped", "unreadable")} for cell, counts in total.items()],
-                ["cell", "pairs", "kept", "swapped", "dropped", "unreadable"]))
-    print(table([{"candidates": name} | values for name, values in results[-1]["diversity"].items()], ["candidates", "distinct2", "similarity"]))
-    print(f"{time.time() - started:.0f} s · {out}/results.json, samples.md, metrics.jsonl · the model:\n"
-          f"  lm = AutoModelForCausalLM.from_pretrained({model!r})\n  tok = AutoTokenizer.from_pretrained({model!r})")
+# --- end: setup ---
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """bench.py: what it measures, and the memory plan's arithmetic."""
+
 import contextlib
 import dataclasses
 import json
@@ -8,154 +9,342 @@ import weakref
 
 import pytest
 import torch
-from conftest import refused, run
+from conftest import dnpo_flags, refused, run
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import bench
 import common
+import datafiles
 import dnpo
+import job
 import sams
+from common import Pair, Scorer
 
 CPU = torch.device("cpu")
 
 
+# ---------------------------------------------------------------- what is measured
+
+
 def test_peak_is_the_growth_over_what_was_there():
-    """A step that holds 96 MiB and frees 64 of them on the way peaks at 96, whatever was allocated before (None but on Linux, whose /proc tells); reading the clock is right too."""
-    module, kept = torch.nn.Linear(1, 1), torch.ones(32 * 2**18)
+    """A step that holds 96 MiB and frees 64 of them on the way peaks at 96.
+
+    So it does whatever was allocated before. Only Linux has the /proc that tells: elsewhere it is
+    None. The clock is read right too.
+    """
+    mib = 2**18  # numbers in fp32
+    module = torch.nn.Linear(1, 1)
+    kept = torch.ones(32 * mib)
     bench.keep_freed_blocks(False)
 
     def step():
-        a = torch.ones(64 * 2**18)
-        b = torch.ones(32 * 2**18)
+        a = torch.ones(64 * mib)
+        b = torch.ones(32 * mib)
         del a
-        return b, torch.ones(16 * 2**18)
-    assert bench.peak(step, [module], CPU) == (pytest.approx(96, abs=8) if bench.LIBC else None) and kept[0] == 1
+        return b, torch.ones(16 * mib)
+
+    expected = pytest.approx(96, abs=8) if bench.LIBC else None
+    assert bench.peak(step, [module], CPU) == expected
+    assert kept[0] == 1
     assert 0.05 <= bench.seconds(lambda: time.sleep(0.05), [module], CPU) < 0.5
 
 
 @pytest.fixture
 def config(world):
-    return bench.Config(model=str(world / "sft"), data=str(world / "pairs.jsonl"), max_prompt=32, max_response=16, dtype="float32", repeats=1)
+    return bench.Config(
+        model=str(world / "sft"),
+        data=str(world / "pairs.jsonl"),
+        max_prompt=32,
+        max_response=16,
+        dtype="float32",
+        repeats=1,
+    )
 
 
-def test_every_row_does_the_work_it_is_named_for(config):
-    """dpo+ac has dpo's gradients; sams' are those of half of the pairs; tso's and dnpo's loss is taken against the unmoved reference; the pairs are the longest."""
-    lm, reference, pairs, tok = bench.load(config, CPU)
-    steps, modules = bench.make_steps(config, lm, reference, pairs, tok, CPU)
-    assert all(torch.equal(p, q) for p, q in zip(reference.parameters(), common.load_lm(config.model, torch.float32, CPU).parameters()))
-    assert not all(torch.equal(p, q) for p, q in zip(lm.parameters(), reference.parameters())) and not any(p.requires_grad for p in reference.parameters())
-    sizes = sorted((sum(map(len, pair[:3])) for pair in common.encode_pairs(tok, common.load_rows(config.data, "pair")[0], 32, 16)[0]), reverse=True)
-    assert [sum(map(len, pair[:3])) for pair in pairs] == sizes[:4]
+def gradients_of(lm) -> Tensor:
+    """All gradients of a model, as one vector."""
+    return torch.cat([p.grad.flatten() for p in lm.parameters()])
 
-    def gradients(name):
-        for module in modules:
-            module.zero_grad(set_to_none=True)
-        steps[name]()
-        return torch.cat([p.grad.flatten() for p in lm.parameters()])
-    plain = gradients("dpo")
-    torch.testing.assert_close(gradients("dpo+ac"), plain)
-    half, how = gradients("sams"), sams.Config(dtype="float32", micro_batch=4, batch=4, beta=0.1, activation_checkpointing=False)
-    ref, _ = sams.score(sams.PoolingScorer(reference), pairs, [0, 1, 2, 3], how, CPU)
-    close = []
+
+def equal_weights(a, b) -> bool:
+    """Whether two models have the same weights, to the bit."""
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def floor_by_hand(lm, pairs: list[Pair]) -> Tensor:
+    """The gradients of the mean last hidden state over all tokens, in 8 sequences of one length."""
+    tokens = []
+    for pair in pairs:
+        tokens += pair.prompt + pair.chosen
+    for pair in pairs:
+        tokens += pair.prompt + pair.rejected
+    del tokens[len(tokens) // 8 * 8 :]
+    lm.zero_grad()
+    lm.model(input_ids=torch.tensor(tokens).view(8, -1)).last_hidden_state.mean().backward()
+    return gradients_of(lm)
+
+
+def gradients_of_two(lm, reference, pairs: list[Pair]) -> list[Tensor]:
+    """DPO's gradients of every two of four pairs."""
+    how = sams.Config(
+        dtype="float32", micro_batch=4, batch=4, beta=0.1, activation_checkpointing=False
+    )
+    ref_logps, _ = sams.observe(how, sams.PoolingScorer(reference), pairs, [0, 1, 2, 3], CPU)
+    data = sams.Data(pairs, ref_logps, [False] * 4)
+    found = []
     for a in range(4):
         for b in range(a):
             lm.zero_grad()
-            sams.descend(sams.PoolingScorer(lm), pairs, ref, [b, a], how, CPU)
-            close.append(torch.allclose(torch.cat([p.grad.flatten() for p in lm.parameters()]), half, atol=1e-6))
-    assert sum(close) == 1
+            sams.descend(how, sams.PoolingScorer(lm), data, [b, a], CPU)
+            found.append(gradients_of(lm))
+    return found
+
+
+def test_every_row_does_the_work_it_is_named_for(config):
+    """dpo+ac has dpo's gradients, sams has those of half of the pairs, and these are the longest.
+
+    The losses of tso and dnpo are taken against the unmoved reference.
+    """
+    loaded = bench.load(config, CPU)
+    lm, reference, pairs, tok = loaded
+    steps, modules = bench.make_steps(config, loaded, CPU)
+    assert equal_weights(reference, common.load_lm(config.model, torch.float32, CPU))
+    assert not equal_weights(lm, reference)
+    assert not any(p.requires_grad for p in reference.parameters())
+
+    rows, _ = datafiles.load_rows(config.data, "pair")
+    all_pairs, _ = common.encode_pairs(tok, rows, 32, 16)
+    sizes = sorted((pair.tokens for pair in all_pairs), reverse=True)
+    assert [pair.tokens for pair in pairs] == sizes[:4]
+
+    def gradients(name: str) -> Tensor:
+        for module in modules:
+            module.zero_grad(set_to_none=True)
+        steps[name]()
+        return gradients_of(lm)
+
+    plain = gradients("dpo")
+    torch.testing.assert_close(gradients("dpo+ac"), plain)
+
+    half = gradients("sams")
+    close = 0
+    for of_two in gradients_of_two(lm, reference, pairs):
+        close += torch.allclose(of_two, half, atol=1e-6)
+    assert close == 1
+
     sums = steps["tso"]()  # nothing is clipped so near to the reference: DPO's gradient
-    assert sums["clipped/chosen"] == sums["clipped/rejected"] == 0
+    assert sums["clipped/chosen"] == 0
+    assert sums["clipped/rejected"] == 0
     torch.testing.assert_close(gradients("tso"), plain, atol=1e-6, rtol=1e-4)
+
     modules[1].noise.bias.data.zero_()  # without noise: DPO's gradient
     torch.testing.assert_close(gradients("dnpo"), plain, atol=1e-6, rtol=1e-4)
-    floor, tokens = gradients("floor"), [t for p, y, z, _ in pairs for t in p + y] + [t for p, y, z, _ in pairs for t in p + z]
-    lm.zero_grad()
-    lm.model(input_ids=torch.tensor(tokens[:len(tokens) // 8 * 8]).view(8, -1)).last_hidden_state.mean().backward()
-    torch.testing.assert_close(floor, torch.cat([p.grad.flatten() for p in lm.parameters()]), atol=1e-6, rtol=1e-4)
+
+    floor = gradients("floor")
+    torch.testing.assert_close(floor, floor_by_hand(lm, pairs), atol=1e-6, rtol=1e-4)
 
 
 def test_the_table_is_written(monkeypatch, world, tmp_path, capsys):
     """bench.json has every row asked for, with ratios to the floor that follow from the seconds."""
-    run(monkeypatch, bench, "--model", world / "sft", "--data", world / "pairs.jsonl", "--max_prompt", 32, "--max_response", 16, "--repeats", 1, "--rows", "floor", "dpo", "sams",
-        "--out", tmp_path / "bench.json")
+    of_model = ["--model", world / "sft", "--data", world / "pairs.jsonl"]
+    limits = ["--max_prompt", 32, "--max_response", 16, "--repeats", 1]
+    rows = ["--rows", "floor", "dpo", "sams"]
+    run(monkeypatch, bench, *of_model, *limits, *rows, "--out", tmp_path / "bench.json")
+
     found = json.loads((tmp_path / "bench.json").read_text())
     assert list(found["rows"]) == ["floor", "dpo", "sams"]
+    floor = found["rows"]["floor"]
     for row in found["rows"].values():
-        assert row["vs_floor"] == pytest.approx(row["seconds"] / found["rows"]["floor"]["seconds"]) and row["tokens_per_second"] == pytest.approx(found["tokens"] / row["seconds"])
+        assert row["vs_floor"] == pytest.approx(row["seconds"] / floor["seconds"])
+        assert row["tokens_per_second"] == pytest.approx(found["tokens"] / row["seconds"])
     assert "no MFU: peak unknown" in capsys.readouterr().out
 
 
-def test_the_memory_plan_counts_what_is_there(monkeypatch, world):
-    """Weights, gradients, Adam, reference (whole, and its layers offloaded) and noise head in bytes, against tensors that exist."""
-    path = str(world / "sft")
-    lm, noisy = common.load_lm(path, torch.float32, CPU), dnpo.NoisyReference(common.load_lm(path, torch.float32, CPU), 0.1)
-    parts = []
-    for module in (lm, noisy.noise):
+def test_a_sweep_over_ranks_measures_each_setting_by_itself(monkeypatch, world, tmp_path):
+    """16 pairs keep less on each of two ranks under FSDP than on one, in every row.
+
+    Each setting is measured in processes of its own.
+    """
+    monkeypatch.setattr(bench, "SWEEPS", {"ranks": (1, 2)})
+    pairs = ["--model", world / "sft", "--length", 256, "--pairs", 16]
+    how = ["--repeats", 1, "--threads", 1, "--sweep", "ranks", "--rows", "dpo", "sams"]
+    run(monkeypatch, bench, *pairs, *how, "--out", tmp_path / "b.json")
+
+    found = json.loads((tmp_path / "b-sweep.json").read_text())["sweep"]["ranks"]
+    assert list(found) == ["1", "2"]
+    for row in ("dpo", "sams"):
+        one = found["1"][row]
+        two = found["2"][row]
+        assert two["seconds"] > 0
+        if bench.LIBC:
+            assert 0.4 * one["peak_mib"] < two["peak_mib"] < 0.7 * one["peak_mib"]
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (["--rows", "dqo"], "dqo: no such row"),
+        (["--sweep", "width"], "width: no such row or sweep"),
+        (["--ranks", "2"], "several ranks need"),
+        (["--shape", "1b"], "give --length"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(monkeypatch, capsys, world, flags, line):
+    """Exit code 2 and one line on stderr, before any model."""
+    of_model = ["--model", world / "sft", "--data", world / "pairs.jsonl"]
+    assert line in refused(monkeypatch, capsys, bench, [*of_model, *flags])
+
+
+# ---------------------------------------------------------------- the memory plan
+
+
+class Measured(dict):
+    """Bytes of a module's weights, gradients and Adam's moments, after a step of AdamW."""
+
+    def __init__(self, module):
         optimizer = torch.optim.AdamW(module.parameters())
         for p in module.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()
-        adam = sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.dim())
-        parts.append([sum(p.nbytes for p in module.parameters()), sum(p.grad.nbytes for p in module.parameters()), adam])
-    c = dnpo.Config(parallel="none")
-    found = common.memory_parts(common.lm_shapes(path), c, reference=True, noise=True)
-    assert [found[name] for name in ("weights", "gradients", "Adam")] == parts[0]
-    assert found["reference"] == parts[0][0] and found["noise head"] == sum(parts[1])
+        adam = 0
+        for state in optimizer.state.values():
+            for value in state.values():
+                if value.dim():  # all but the count of steps
+                    adam += value.nbytes
+        self["weights"] = sum(p.nbytes for p in module.parameters())
+        self["gradients"] = sum(p.grad.nbytes for p in module.parameters())
+        self["Adam"] = adam
+
+
+def noise_head(lm) -> dict[str, int]:
+    """The weights of DNPO's noise head, as the plan wants to be told of them."""
+    return {"noise head": lm.config.vocab_size * (lm.config.hidden_size + 1)}
+
+
+def told_by_dnpo(monkeypatch, *flags) -> dict:
+    """What dnpo.py tells the memory plan, beside the model and the flags."""
+    told = {}
+
+    def memory_plan(lm, c, **what):
+        told.update(what)
+        return ""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "memory_plan", memory_plan)
+        run(patch, dnpo, *flags, "--dry_run")
+    return told
+
+
+def test_the_memory_plan_counts_what_is_there(monkeypatch, world, tmp_path):
+    """Weights, gradients, Adam, reference and noise head in bytes, against tensors that exist.
+
+    The reference is counted whole, and with its layers offloaded.
+    """
+    path = str(world / "sft")
+    lm = common.load_lm(path, torch.float32, CPU)
+    noisy = dnpo.NoisyReference(common.load_lm(path, torch.float32, CPU), 0.1)
+    of_lm = Measured(lm)
+    of_head = Measured(noisy.noise)
+
+    shapes = common.lm_shapes(path)
+    told = told_by_dnpo(monkeypatch, *dnpo_flags(world, out=tmp_path / "run"))
+    assert told == {"chunk": common.CHUNK, "reference": True, "heads": noise_head(shapes)}
+    found = job.memory_parts(shapes, dnpo.Config(parallel="none"), **told)
+    for name in ("weights", "gradients", "Adam"):
+        assert found[name] == of_lm[name]
+    assert found["reference"] == of_lm["weights"]
+    assert found["noise head"] == sum(of_head.values())
+
     monkeypatch.setenv("RANK", "0")
-    found = common.memory_parts(common.lm_shapes(path), dnpo.Config(offload_reference=True), reference=True)
-    assert found["reference"] == sum(p.nbytes for name, p in lm.named_parameters() if ".layers." not in name)
-
-
-def test_a_sweep_over_ranks_measures_each_setting_by_itself(monkeypatch, world, tmp_path):
-    """One rank and two under FSDP, each in processes of its own: 16 pairs keep less on each of two ranks, in every row."""
-    monkeypatch.setattr(bench, "SWEEPS", {"ranks": (1, 2)})
-    run(monkeypatch, bench, "--model", world / "sft", "--length", 256, "--pairs", 16, "--repeats", 1, "--sweep", "ranks", "--rows", "dpo", "sams", "--threads", 1, "--out", tmp_path / "b.json")
-    found = json.loads((tmp_path / "b-sweep.json").read_text())["sweep"]["ranks"]
-    assert list(found) == ["1", "2"]
-    for row in ("dpo", "sams"):
-        one, two = found["1"][row], found["2"][row]
-        assert two["seconds"] > 0 and (not bench.LIBC or 0.4 * one["peak_mib"] < two["peak_mib"] < 0.7 * one["peak_mib"])
-
-
-@pytest.mark.parametrize("flags, line", [(["--rows", "dqo"], "dqo: no such row"), (["--sweep", "width"], "width: no such row or sweep"), (["--ranks", "2"], "several ranks need"), (["--shape", "1b"], "give --length")])
-def test_what_cannot_be_measured_is_one_line(monkeypatch, capsys, world, flags, line):
-    assert line in refused(monkeypatch, capsys, bench, ["--model", world / "sft", "--data", world / "pairs.jsonl", *flags])
+    offloaded = dnpo.Config(offload_reference=True)
+    found = job.memory_parts(shapes, offloaded, chunk=common.CHUNK, reference=True)
+    outside = sum(p.nbytes for name, p in lm.named_parameters() if ".layers." not in name)
+    assert found["reference"] == outside
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations made and that still exist, and their maximum."""
+    """Counts the bytes of all tensors that operations made and that still exist; keeps the most."""
 
     def __init__(self):
         super().__init__()
-        self.alive, self.most = {}, 0
+        self.alive = {}
+        self.most = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.alive:
-                self.alive[key] = x.untyped_storage().nbytes()
-                weakref.finalize(x.untyped_storage(), self.alive.pop, key, None)
+        made = out if isinstance(out, (tuple, list)) else [out]
+        for x in made:
+            if isinstance(x, Tensor):
+                self.count(x.untyped_storage())
         self.most = max(self.most, sum(self.alive.values()))
         return out
+
+    def count(self, storage):
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, key, None)
+
+
+def random_pairs(n: int, tokens: int, vocabulary: int) -> list[Pair]:
+    rng = random.Random(0)
+
+    def draw() -> list[int]:
+        return [rng.randrange(vocabulary) for _ in range(tokens)]
+
+    return [Pair(draw(), draw(), draw(), str(i)) for i in range(n)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", [sams, dnpo])
 def test_the_memory_plan_bounds_what_a_step_makes(method, checkpointing, dtype):
-    """Gradients, copies and activations of one step, tensor by tensor: at most what the plan says, and at least half of it."""
-    shape = LlamaConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=4, vocab_size=4096, tie_word_embeddings=True)
-    lm, noisy = LlamaForCausalLM(shape), dnpo.NoisyReference(LlamaForCausalLM(shape).requires_grad_(False), 0.1)
-    c = method.Config(dtype=dtype, micro_batch=8, batch=8, max_prompt=64, max_response=64, activation_checkpointing=False)
-    rng = random.Random(0)
-    draw = lambda: [rng.randrange(4096) for _ in range(64)]
-    pairs, everything = [(draw(), draw(), draw(), str(i)) for i in range(8)], list(range(8))
-    with bench.activation_checkpointing(lm) if checkpointing else contextlib.nullcontext(), Alive() as memory:
+    """Gradients, copies and activations of a step: at most what the plan says, at least half of it.
+
+    They are counted tensor by tensor.
+    """
+    shape = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        vocab_size=4096,
+        tie_word_embeddings=True,
+    )
+    lm = LlamaForCausalLM(shape)
+    noisy = dnpo.NoisyReference(LlamaForCausalLM(shape).requires_grad_(False), 0.1)
+    c = method.Config(
+        dtype=dtype,
+        micro_batch=8,
+        batch=8,
+        max_prompt=64,
+        max_response=64,
+        activation_checkpointing=False,
+    )
+    pairs = random_pairs(8, 64, 4096)
+    everything = list(range(8))
+
+    checkpointed = contextlib.nullcontext()
+    if checkpointing:
+        checkpointed = bench.activation_checkpointing(lm)
+    with checkpointed, Alive() as memory:
         if method is sams:
-            sams.descend(sams.PoolingScorer(lm), pairs, torch.zeros(8, 2), everything, c, CPU)
+            data = sams.Data(pairs, torch.zeros(8, 2), [False] * 8)
+            sams.descend(c, sams.PoolingScorer(lm), data, everything, CPU)
         else:
-            dnpo.descend(c, "joint", common.Scorer(lm), noisy, pairs, everything, (1, 1), CPU)
-    plan = common.memory_parts(lm, dataclasses.replace(c, activation_checkpointing=checkpointing), reference=method is dnpo, noise=method is dnpo)
-    bound = plan["gradients"] + plan.get("bf16 copies", 0) + plan["activations up to about"] + plan.get("noise head", 0) / 4  # of the head, its gradients alone
+            seed = 0, "noise", 1, 1, "joint"
+            dnpo.descend(c, "joint", Scorer(lm), noisy, pairs, everything, seed, CPU)
+
+    plan = job.memory_parts(
+        lm,
+        dataclasses.replace(c, activation_checkpointing=checkpointing),
+        chunk=common.CHUNK,
+        reference=method is dnpo,
+        heads=noise_head(lm) if method is dnpo else None,
+    )
+    bound = plan["gradients"] + plan["activations up to about"]
+    bound += plan.get("bf16 copies", 0)
+    bound += plan.get("noise head", 0) / 4  # of the head, its gradients alone
     assert bound / 2 <= memory.most <= bound, memory.most / bound

@@ -1,4 +1,10 @@
-"""evaluate.py: its statistics against naive loops and known answers, its numbers against transformers, TRL and lm-eval, its files, and what its figures plot."""
+"""evaluate.py and figures.py, against naive loops, known answers, and other libraries.
+
+Statistics are checked against loops and known answers; rewards, benchmarks and exports against
+transformers, TRL, lm-eval, AlpacaEval and FastChat; files by what is in them; and of the figures
+the numbers that they plot.
+"""
+
 import copy
 import functools
 import importlib.util
@@ -15,11 +21,15 @@ import torch
 from conftest import dnpo_flags, environment, forked, lines, run, sams_flags, script
 
 import common
+import datafiles
 import dnpo
 import evaluate
+import figures
+import job
 import sams
-from evaluate import Config, benchmark_command, bootstrap, pair_rewards, settle, shorter_chosen, versus
-from figures import band, by_task, costs, curves, duel, flipped_selected, group_runs, histogram, iteration_values, ks_distance, logp_samples, read_run, spreads, sweep_figure
+import toy
+from evaluate import Config, benchmark_command, bootstrap, pair_rewards, settle, versus
+from figures import band, by_task, duel, group_runs, histogram, ks_distance, read_run
 
 near = functools.partial(pytest.approx, rel=1e-6, abs=1e-9)
 
@@ -30,120 +40,263 @@ def evaluated(tmp_path) -> dict:
     return json.loads(file.read_text())
 
 
-# ---------------------------------------------------------------- statistics
+def write_rows(file, rows):
+    """Rows as JSON lines."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(job.json_lines(rows))
+
+
+def forbid(monkeypatch, module, name: str, message: str):
+    """Lets the test fail if a function of the module is called."""
+
+    def fail(*arguments, **named):
+        pytest.fail(message)
+
+    monkeypatch.setattr(module, name, fail)
+
+
+def user(text: str) -> list[dict]:
+    """A prompt of one message."""
+    return [{"role": "user", "content": text}]
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+# ------------------------------------------------------------------------- statistics
+
+
+def quantile(values: list[float], q: float) -> float:
+    """By sorting, and by interpolating between the two neighbours."""
+    values = sorted(values)
+    place = q * (len(values) - 1)
+    below = int(place)
+    return values[below] + (place - below) * (values[below + 1] - values[below])
 
 
 def test_the_bootstrap_is_the_naive_loop():
-    """Resampled means of whole groups, drawn by the same generator and summed in loops; their 2.5 and 97.5 percentiles by sorting and interpolating."""
+    """Means of whole groups, drawn by the same generator and summed in loops; their quantiles."""
     rng = random.Random(0)
-    values, groups = [rng.gauss(1, 2) for _ in range(13)], [rng.choice("abcde") for _ in range(13)]
-    for by in (groups, list(range(13))):
-        names, generator, means = sorted(set(by)), np.random.default_rng(7), []
+    values = [rng.gauss(1, 2) for _ in range(13)]
+    groups = [rng.choice("abcde") for _ in range(13)]
+    single = list(range(13))
+    for group_of, asked in ((groups, groups), (single, None)):
+        names = sorted(set(group_of))
+        generator = np.random.default_rng(7)
+        means = []
         for _ in range(2000):
-            drawn = [v for k in generator.integers(len(names), size=len(names)) for v, g in zip(values, by) if g == names[k]]
-            means.append(sum(drawn) / len(drawn))
-        means.sort()
-        at = lambda q: (lambda x: means[int(x)] + (x - int(x)) * (means[int(x) + 1] - means[int(x)]))(q * 1999)
-        found = bootstrap(values, by if by is groups else None, seed=7)
-        assert found == near((sum(values) / 13, at(0.025), at(0.975))) and found == bootstrap(values, by if by is groups else None, seed=7) != bootstrap(values, by, seed=8)
+            drawn = []
+            for k in generator.integers(len(names), size=len(names)):
+                for value, group in zip(values, group_of):
+                    if group == names[k]:
+                        drawn.append(value)
+            means.append(mean(drawn))
+
+        found = bootstrap(values, asked, seed=7)
+        assert found == near((mean(values), quantile(means, 0.025), quantile(means, 0.975)))
+        assert found == bootstrap(values, asked, seed=7)
+        assert found != bootstrap(values, group_of, seed=8)
 
 
 def test_the_bootstrap_covers_and_knows_its_limits():
-    """The width is about that of the normal approximation; equal values have no width, no values no interval; repeating rows of a group adds no evidence."""
+    """About the normal width; none for equal values; None for nothing; repeats add no evidence."""
     values = np.random.default_rng(0).normal(size=400)
     _, low, high = bootstrap(values)
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1) and low < values.mean() < high
-    assert bootstrap([3.0] * 5) == (3.0, 3.0, 3.0) and bootstrap([]) == (None, None, None)
-    assert bootstrap(np.repeat(values, 4), np.repeat(np.arange(400), 4)) == near((values.mean(), low, high))
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert low < values.mean() < high
+    assert bootstrap([3.0] * 5) == (3.0, 3.0, 3.0)
+    assert bootstrap([]) == (None, None, None)
+    repeated = bootstrap(np.repeat(values, 4), np.repeat(np.arange(400), 4))
+    assert repeated == near((values.mean(), low, high))
+
+
+def naive_ks(a: list[float], b: list[float]) -> float:
+    """The largest difference of the two distribution functions over all points."""
+    largest = 0.0
+    for x in a + b:
+        share_of_a = sum(u <= x for u in a) / len(a)
+        share_of_b = sum(v <= x for v in b) / len(b)
+        largest = max(largest, abs(share_of_a - share_of_b))
+    return largest
 
 
 def test_ks_is_the_naive_double_loop():
-    """The largest difference of the two distribution functions over all points, ties included; 0 for the same sample, 1 for separate ones; scipy's if it is there."""
+    """Ties included; 0 for the same sample, 1 for separate ones; scipy's if it is there."""
     rng = random.Random(0)
     for n, m in ((5, 7), (20, 3), (1, 1), (30, 30)):
-        a, b = ([rng.randint(0, 9) / 2 for _ in range(k)] for k in (n, m))
-        naive = max(abs(sum(u <= x for u in a) / n - sum(v <= x for v in b) / m) for x in a + b)
-        assert ks_distance(a, b) == near(naive) == near(ks_distance(b, a))
+        a = [rng.randint(0, 9) / 2 for _ in range(n)]
+        b = [rng.randint(0, 9) / 2 for _ in range(m)]
+        assert ks_distance(a, b) == near(naive_ks(a, b))
+        assert ks_distance(b, a) == near(naive_ks(a, b))
         if importlib.util.find_spec("scipy"):
             from scipy.stats import ks_2samp
+
             assert ks_distance(a, b) == near(ks_2samp(a, b).statistic)
-    assert ks_distance([1, 2, 3], [3, 1, 2]) == 0 and ks_distance([1, 2], [3, 4]) == 1
+    assert ks_distance([1, 2, 3], [3, 1, 2]) == 0
+    assert ks_distance([1, 2], [3, 4]) == 1
 
 
 def test_histograms_share_bins_and_count_everything():
-    """Known counts in known bins; outliers stand in the outer bins; shares sum to 1; a constant sample has a bin too."""
-    edges, shares = histogram({"a": list(range(101)), "b": [50] * 4 + [-1000, 1000]}, bins=4)
-    assert len(edges) == 5 and np.diff(edges).tolist() == near([np.diff(edges)[0]] * 4) and all(share.sum() == near(1) for share in shares.values())
+    """Known bins; outliers in the outer bins; shares sum to 1; a constant sample has a bin too."""
+    samples = {"a": list(range(101)), "b": [50] * 4 + [-1000, 1000]}
+    edges, shares = histogram(samples, bins=4)
+    widths = np.diff(edges)
+    assert len(edges) == 5
+    assert widths.tolist() == near([widths[0]] * 4)
+
     low, high = edges[0], edges[-1]
-    naive = lambda x: min(3, int((min(max(x, low), high) - low) / (high - low) * 4))
-    for name, sample in (("a", list(range(101))), ("b", [50] * 4 + [-1000, 1000])):
-        assert shares[name].tolist() == near([sum(naive(x) == k for x in sample) / len(sample) for k in range(4)])
-    assert histogram({"c": [2.0, 2.0]})[1]["c"].sum() == 1
+    for name, sample in samples.items():
+        counts = [0] * 4
+        for x in sample:
+            inside = min(max(x, low), high)
+            place = int((inside - low) / (high - low) * 4)
+            counts[min(3, place)] += 1
+        assert shares[name].tolist() == near([count / len(sample) for count in counts])
+        assert shares[name].sum() == near(1)
+
+    _, constant = histogram({"c": [2.0, 2.0]})
+    assert constant["c"].sum() == 1
 
 
 def test_bands_are_mean_and_deviation():
-    """Means and sample deviations by hand, of curves cut to the shortest; one run has no deviation."""
-    mean, deviation = band([[1.0, 2.0, 9.0], [3.0, 6.0]])
-    assert mean.tolist() == [2.0, 4.0] and deviation.tolist() == near([math.sqrt(2), math.sqrt(8)])
-    assert band([[1.0, 2.0]])[1].tolist() == [0.0, 0.0]
+    """By hand, of curves cut to the shortest; one run has no deviation."""
+    middle, deviation = band([[1.0, 2.0, 9.0], [3.0, 6.0]])
+    assert middle.tolist() == [2.0, 4.0]
+    assert deviation.tolist() == near([math.sqrt(2), math.sqrt(8)])
+    _, deviation = band([[1.0, 2.0]])
+    assert deviation.tolist() == [0.0, 0.0]
 
 
 def test_rewards_and_length_control_are_the_formulas():
     """r = beta (log pi - log pi_ref) by hand; an equal length is not shorter."""
-    chosen, rejected = pair_rewards([[-1.0, -3.0], [-2.0, -2.0]], [[-2.0, -1.0], [-2.0, -4.0]], 0.5)
-    assert chosen.tolist() == [0.5, 0.0] and rejected.tolist() == [-1.0, 1.0]
-    assert shorter_chosen([(3, 4), (4, 4), (5, 4)]).tolist() == [True, False, False]
+    logps = [[-1.0, -3.0], [-2.0, -2.0]]
+    ref_logps = [[-2.0, -1.0], [-2.0, -4.0]]
+    chosen, rejected = pair_rewards(logps, ref_logps, 0.5)
+    assert chosen.tolist() == [0.5, 0.0]
+    assert rejected.tolist() == [-1.0, 1.0]
+    shorter = evaluate.shorter_chosen([(3, 4), (4, 4), (5, 4)])
+    assert shorter.tolist() == [True, False, False]
 
 
 class MadeUp(common.Judge):
-    """A judge by rule: rule(a, b) -> verdict, asked in both orders; it counts what it is asked."""
+    """A judge by rule: rule(a, b) is its verdict, asked in both orders; it keeps the questions."""
 
     def __init__(self, rule, spec="made-up:"):
         super().__init__(spec, None)
-        self.rule, self.questions = rule, []
+        self.rule = rule
+        self.questions = []
 
     def ask(self, kind, items, again):
         self.questions += items
-        return [float(len(item[1])) if kind == "score" else self.rule(*item[1:]) for item in items]
+        if kind == "score":
+            return [float(len(text)) for _, text in items]
+        return [self.rule(a, b) for _, a, b in items]
 
 
-def verdicts_of(tmp_path, judge, mine, others):
+def always_a(a, b):
+    return "A"
+
+
+def the_longer(a, b):
+    if len(a) == len(b):
+        return "tie"
+    return "A" if len(a) > len(b) else "B"
+
+
+def the_shorter(a, b):
+    return the_longer(b, a)
+
+
+def mute_about_x(a, b):
+    """None if there is an x, else the one with a w."""
+    if "x" in a + b:
+        return None
+    return "A" if "w" in a else "B"
+
+
+def never(a, b):
+    return None
+
+
+def verdicts_of(tmp_path, judge, mine: list[str], others: list[str]) -> list[dict]:
     c = Config(model="m", data="d", against="annotations", judge="toy", out=str(tmp_path / "out"))
-    row = lambda i, text: {"id": str(i), "prompt": [{"role": "user", "content": f"question {i}"}], "response": text}
-    return evaluate.judge_pairs(c, judge, [row(i, x) for i, x in enumerate(mine)], [row(i, x) for i, x in enumerate(others)])
+
+    def as_rows(texts: list[str]) -> list[dict]:
+        rows = []
+        for i, text in enumerate(texts):
+            rows.append({"id": str(i), "prompt": user(f"question {i}"), "response": text})
+        return rows
+
+    return evaluate.judge_pairs(c, judge, as_rows(mine), as_rows(others))
 
 
 def test_a_judge_that_always_says_a_makes_ties_and_flips(tmp_path):
-    """100 % ties, flip rate 1, no decided verdict; two equal texts are a tie that is not asked about and can't flip."""
-    judge = MadeUp(lambda a, b: "A")
+    """100 % ties, flip rate 1, nothing decided; equal texts are a tie that is not asked about."""
+    judge = MadeUp(always_a)
     rows = verdicts_of(tmp_path, judge, ["long answer", "b", "same"], ["x", "yy", "same"])
     found = versus(rows)
-    assert (found["win"], found["tie"], found["loss"], found["flip_rate"], found["longer_wins"]) == (0, 1, 0, 1, None)
-    assert (found["gap"], found["gap_low"], found["gap_high"], found["win_rate"]) == (0, 0, 0, 0.5) and len(judge.questions) == 4
+    assert (found["win"], found["tie"], found["loss"]) == (0, 1, 0)
+    assert (found["flip_rate"], found["longer_wins"]) == (1, None)
+    assert (found["gap"], found["gap_low"], found["gap_high"]) == (0, 0, 0)
+    assert found["win_rate"] == 0.5
+    assert len(judge.questions) == 4
     assert [row["there"] for row in rows] == ["A", "A", None]
 
 
 def test_verdicts_are_counted_as_they_were_given(tmp_path):
-    """A longer-wins judge: every decided verdict for the longer, none flips; a judge that can't be read is left out and counted; signs of the gap."""
-    longer = MadeUp(lambda a, b: "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie")
-    found = versus(verdicts_of(tmp_path, longer, ["aaa", "bb", "c", "dd"], ["x", "yyy", "zz", "ee"]))
-    assert found["longer_wins"] == 1 and found["flip_rate"] == 0
-    assert (found["win"], found["tie"], found["loss"], found["gap"], found["win_rate"]) == (0.25, 0.25, 0.5, -0.25, 0.375)
-    mute = versus(verdicts_of(tmp_path, MadeUp(lambda a, b: None if "x" in a + b else "A" if "w" in a else "B", "mute:"), ["w1", "w2", "w3"], ["x", "l", "l"]))
-    assert (mute["win"], mute["judged"], mute["unreadable"], mute["gap"], mute["gap_low"]) == (1, 2, 1, 1, 1)
-    nobody = versus(verdicts_of(tmp_path, MadeUp(lambda a, b: None, "nobody:"), ["w"], ["x"]))
-    assert nobody["judged"] == 0 and nobody["win"] is nobody["gap"] is nobody["win_rate_low"] is None
-    assert [settle(*v) for v in (("A", "A"), ("B", "B"), ("A", "B"), ("tie", "A"), ("tie", "tie"), (None, "A"))] == ["win", "loss", "tie", "tie", "tie", None]
+    """Longer texts that win, an unreadable judge left out and counted, the signs of the gap."""
+    mine, others = ["aaa", "bb", "c", "dd"], ["x", "yyy", "zz", "ee"]
+    found = versus(verdicts_of(tmp_path, MadeUp(the_longer), mine, others))
+    assert found["longer_wins"] == 1
+    assert found["flip_rate"] == 0
+    assert (found["win"], found["tie"], found["loss"]) == (0.25, 0.25, 0.5)
+    assert (found["gap"], found["win_rate"]) == (-0.25, 0.375)
+
+    mine, others = ["w1", "w2", "w3"], ["x", "l", "l"]
+    mute = versus(verdicts_of(tmp_path, MadeUp(mute_about_x, "mute:"), mine, others))
+    assert (mute["win"], mute["judged"], mute["unreadable"]) == (1, 2, 1)
+    assert (mute["gap"], mute["gap_low"]) == (1, 1)
+
+    nobody = versus(verdicts_of(tmp_path, MadeUp(never, "nobody:"), ["w"], ["x"]))
+    assert nobody["judged"] == 0
+    assert nobody["win"] is None
+    assert nobody["gap"] is None
+    assert nobody["win_rate_low"] is None
 
 
-def test_the_gap_draws_prompts_not_rows(tmp_path):
+@pytest.mark.parametrize(
+    "there,back,settled",
+    [
+        ("A", "A", "win"),
+        ("B", "B", "loss"),
+        ("A", "B", "tie"),
+        ("tie", "A", "tie"),
+        ("tie", "tie", "tie"),
+        (None, "A", None),
+    ],
+)
+def test_two_orders_are_settled_as_one_verdict(there, back, settled):
+    """The verdict that both orders share, a tie where they differ, None where one is unreadable."""
+    assert settle(there, back) == settled
+
+
+def test_the_gap_draws_prompts_not_rows():
     """The same verdicts on four times the rows of the same prompts give the same interval."""
-    row = lambda i, v: {"prompt": i, "verdict": v, "there": None, "back": None, "length": 1, "length_other": 1}
-    few = [row(i, v) for i, v in enumerate(["win", "loss", "tie", "win", "win"] * 4)]
-    assert [versus(few)[k] for k in ("gap", "gap_low", "gap_high")] == near([versus([r for r in few for _ in range(4)])[k] for k in ("gap", "gap_low", "gap_high")])
+    few = []
+    for i, verdict in enumerate(["win", "loss", "tie", "win", "win"] * 4):
+        row = {"prompt": i, "verdict": verdict, "there": None, "back": None}
+        few.append({**row, "length": 1, "length_other": 1})
+    many = []
+    for row in few:
+        many += [row] * 4
+    found, repeated = versus(few), versus(many)
+    for name in ("gap", "gap_low", "gap_high"):
+        assert found[name] == near(repeated[name])
 
 
-# ---------------------------------------------------------------- preference pairs
+# ------------------------------------------------------------------------- preference pairs
 
 
 def nudged(world, tmp_path):
@@ -152,354 +305,774 @@ def nudged(world, tmp_path):
     torch.manual_seed(0)
     for p in lm.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    lm.save_pretrained(tmp_path / "policy")
-    common.load_tokenizer(str(world / "sft"))[0].save_pretrained(tmp_path / "policy")
+    tok, _ = common.load_tokenizer(str(world / "sft"))
+    for part in (lm, tok):
+        part.save_pretrained(tmp_path / "policy")
     return tmp_path / "policy"
 
 
-def naive_rewards(policy, reference, rows, beta):
-    """transformers' own logits, one sequence at a time, one token at a time."""
+def naive_logp(lm, tok, prompt: list[dict], response: str) -> float:
+    """transformers' own logits of one sequence, one token at a time."""
+    start = tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    answer = tok(response, add_special_tokens=False)["input_ids"]
+    ids = start + answer + [tok.eos_token_id]
+    with torch.no_grad():
+        logits = lm(input_ids=torch.tensor([ids])).logits[0].double()
+    total = 0.0
+    for t in range(len(start), len(ids)):
+        total += logits[t - 1].log_softmax(-1)[ids[t]].item()
+    return total
+
+
+def naive_rewards(policy, reference, rows: list[dict], side: str, beta: float) -> list[float]:
+    """beta (log pi - log pi_ref) of one side of each row, one sequence at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    tok, out = AutoTokenizer.from_pretrained(policy), []
-    for folder in (policy, reference):
-        lm, logps = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
-        for row in rows:
-            for side in ("chosen", "rejected"):
-                prompt = tok.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-                ids = prompt + tok(row[side], add_special_tokens=False)["input_ids"] + [tok.eos_token_id]
-                with torch.no_grad():
-                    logits = lm(input_ids=torch.tensor([ids])).logits[0].double()
-                logps.append(sum(logits[t - 1].log_softmax(-1)[ids[t]].item() for t in range(len(prompt), len(ids))))
-        out.append(logps)
-    rewards = [beta * (a - b) for a, b in zip(*out)]
-    return rewards[::2], rewards[1::2]
+
+    tok = AutoTokenizer.from_pretrained(policy)
+    lm = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    ref = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
+    rewards = []
+    for row in rows:
+        logp = naive_logp(lm, tok, row["prompt"], row[side])
+        ref_logp = naive_logp(ref, tok, row["prompt"], row[side])
+        rewards.append(beta * (logp - ref_logp))
+    return rewards
 
 
-def test_rewards_are_those_of_transformers_one_sequence_at_a_time(world, tmp_path, monkeypatch, capsys):
-    """Accuracy, rewards, margin and the length-controlled accuracy of 12 pairs of unlike lengths, batched here and naive there; a second call scores nothing."""
-    policy, rng = nudged(world, tmp_path), random.Random(3)
-    word = lambda: "".join(rng.choice("abcdefghijklmnop") for _ in range(rng.randint(1, 9)))
-    rows = [{"prompt": [{"role": "user", "content": word()}], "chosen": word(), "rejected": word()} for _ in range(12)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = [policy, "--pairs", tmp_path / "pairs.jsonl", "--reference", world / "sft", "--beta", 0.3, "--batch", 5, "--max_response", 16, "--out", tmp_path / "out"]
+def test_rewards_are_those_of_transformers_one_sequence_at_a_time(
+    world, tmp_path, monkeypatch, capsys
+):
+    """Accuracies, rewards and margin of 12 unlike pairs; a second call scores nothing."""
+    rng = random.Random(3)
+
+    def word() -> str:
+        length = rng.randint(1, 9)
+        return "".join(rng.choice("abcdefghijklmnop") for _ in range(length))
+
+    policy = nudged(world, tmp_path)
+    rows = []
+    for _ in range(12):
+        rows.append({"prompt": user(word()), "chosen": word(), "rejected": word()})
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    flags = [policy, "--pairs", tmp_path / "pairs.jsonl", "--reference", world / "sft"]
+    flags += ["--beta", 0.3, "--batch", 5, "--max_response", 16, "--out", tmp_path / "out"]
     run(monkeypatch, evaluate, *flags)
-    chosen, rejected = naive_rewards(policy, world / "sft", rows, 0.3)
+
+    chosen = naive_rewards(policy, world / "sft", rows, "chosen", 0.3)
+    rejected = naive_rewards(policy, world / "sft", rows, "rejected", 0.3)
+    right_short, right_others = [], []
+    for row, a, b in zip(rows, chosen, rejected):
+        shorter = len(row["chosen"]) < len(row["rejected"])
+        (right_short if shorter else right_others).append(a > b)
+    expected = {
+        "accuracy": mean(right_short + right_others),
+        "accuracy, shorter answer chosen": mean(right_short),
+        "accuracy, others": mean(right_others),
+        "chosen reward": mean(chosen),
+        "rejected reward": mean(rejected),
+        "margin": mean(chosen) - mean(rejected),
+    }
     found = {row["measure"]: row for row in evaluated(tmp_path)["results"]}
-    short = [len(row["chosen"]) < len(row["rejected"]) for row in rows]
-    mean = lambda x: sum(x) / len(x)
-    expected = {"accuracy": mean([a > b for a, b in zip(chosen, rejected)]), "chosen reward": mean(chosen), "rejected reward": mean(rejected), "margin": mean(chosen) - mean(rejected),
-                "accuracy, shorter answer chosen": mean([a > b for a, b, s in zip(chosen, rejected, short) if s]),
-                "accuracy, others": mean([a > b for a, b, s in zip(chosen, rejected, short) if not s])}
-    assert {name: row["mean"] for name, row in found.items()} == {name: pytest.approx(value, abs=1e-4) for name, value in expected.items()}
-    assert found["accuracy, shorter answer chosen"]["pairs"] == sum(short) and found["margin"]["low"] < found["margin"]["mean"] < found["margin"]["high"]
-    monkeypatch.setattr(evaluate, "load_lm", lambda *a: pytest.fail("scored again"))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name]["mean"] == pytest.approx(value, abs=1e-4)
+    assert found["accuracy, shorter answer chosen"]["pairs"] == len(right_short)
+    margin = found["margin"]
+    assert margin["low"] < margin["mean"] < margin["high"]
+
+    forbid(monkeypatch, common, "load_lm", "scored again")
     run(monkeypatch, evaluate, *flags)
     capsys.readouterr()
 
 
 def test_without_training_every_reward_is_zero(world, tmp_path, monkeypatch, capsys):
-    """Policy = reference: rewards and margin exactly 0, and an accuracy of 0, because a tie is not right."""
-    run(monkeypatch, evaluate, world / "sft", "--pairs", world / "pairs.jsonl", "--reference", world / "sft", "--limit", 10, "--max_response", 16, "--out", tmp_path / "out")
-    assert {row["measure"]: row["mean"] for row in evaluated(tmp_path)["results"] if row["pairs"]} == dict.fromkeys(
-        ["accuracy", "accuracy, others", "chosen reward", "rejected reward", "margin"], 0.0)
-    assert len(list((tmp_path / "out").glob("logps-*"))) == 1 and "| – |" in capsys.readouterr().out.replace("    ", " ").replace("   ", " ").replace("  ", " ")
+    """Policy = reference: rewards are exactly 0, and accuracy is 0, because a tie is not right."""
+    flags = [world / "sft", "--pairs", world / "pairs.jsonl", "--reference", world / "sft"]
+    flags += ["--limit", 10, "--max_response", 16, "--out", tmp_path / "out"]
+    run(monkeypatch, evaluate, *flags)
+    measured = [row for row in evaluated(tmp_path)["results"] if row["pairs"]]
+    means = {row["measure"]: row["mean"] for row in measured}
+    assert means == {
+        "accuracy": 0.0,
+        "accuracy, others": 0.0,
+        "chosen reward": 0.0,
+        "rejected reward": 0.0,
+        "margin": 0.0,
+    }
+    assert len(list((tmp_path / "out").glob("logps-*"))) == 1
+    cells = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert any("| – |" in line for line in cells)
 
 
 def test_accuracy_and_margins_are_those_of_trl(world, tmp_path, monkeypatch, capsys):
-    """TRL's DPOTrainer.evaluate on the same pairs, policy and reference: accuracy, rewards, margin to 1e-4."""
+    """TRL's DPOTrainer.evaluate on the same pairs and models: accuracy, rewards, margin to 1e-4."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
-    policy, rows = nudged(world, tmp_path), common.load_rows(str(world / "pairs.jsonl"), "pair", 24)[0]
-    say = lambda text: [{"role": "assistant", "content": text}]
-    data = Dataset.from_list([{"prompt": row["prompt"], "chosen": say(row["chosen"]), "rejected": say(row["rejected"])} for row in rows])
-    args = trl.DPOConfig(output_dir=str(tmp_path / "trl"), per_device_eval_batch_size=8, beta=0.3, use_cpu=True, bf16=False, fp16=False, report_to=[], max_length=None,
-                         gradient_checkpointing=False, disable_tqdm=True, dataloader_pin_memory=False)
-    load = lambda folder: common.load_lm(str(folder), torch.float32, "cpu")
-    theirs = trl.DPOTrainer(model=load(policy), ref_model=load(world / "sft"), args=args, train_dataset=data, eval_dataset=data,
-                            processing_class=common.load_tokenizer(str(policy))[0]).evaluate()
-    run(monkeypatch, evaluate, policy, "--pairs", world / "pairs.jsonl", "--limit", 24, "--reference", world / "sft", "--beta", 0.3, "--max_response", 16, "--out", tmp_path / "out")
+
+    policy = nudged(world, tmp_path)
+    rows, _ = datafiles.load_rows(str(world / "pairs.jsonl"), "pair", 24)
+    their_rows = []
+    for row in rows:
+        chosen = [{"role": "assistant", "content": row["chosen"]}]
+        rejected = [{"role": "assistant", "content": row["rejected"]}]
+        their_rows.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
+    data = Dataset.from_list(their_rows)
+    args = trl.DPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        per_device_eval_batch_size=8,
+        beta=0.3,
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        report_to=[],
+        max_length=None,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    tok, _ = common.load_tokenizer(str(policy))
+    trainer = trl.DPOTrainer(
+        model=common.load_lm(str(policy), torch.float32, "cpu"),
+        ref_model=common.load_lm(str(world / "sft"), torch.float32, "cpu"),
+        args=args,
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tok,
+    )
+    theirs = trainer.evaluate()
+
+    flags = [policy, "--pairs", world / "pairs.jsonl", "--limit", 24, "--reference", world / "sft"]
+    flags += ["--beta", 0.3, "--max_response", 16, "--out", tmp_path / "out"]
+    run(monkeypatch, evaluate, *flags)
     found = {row["measure"]: row["mean"] for row in evaluated(tmp_path)["results"]}
-    for name, key in (("accuracy", "accuracies"), ("chosen reward", "chosen"), ("rejected reward", "rejected"), ("margin", "margins")):
+    their_names = {
+        "accuracy": "accuracies",
+        "chosen reward": "chosen",
+        "rejected reward": "rejected",
+        "margin": "margins",
+    }
+    for name, key in their_names.items():
         assert found[name] == pytest.approx(theirs[f"eval_rewards/{key}"], abs=1e-4)
-    assert abs(found["margin"]) > 1e-2 and 0 < found["accuracy"]
+    assert abs(found["margin"]) > 1e-2
+    assert found["accuracy"] > 0
     capsys.readouterr()
 
 
-# ---------------------------------------------------------------- a judge's opinion
+# ------------------------------------------------------------------------- a judge's opinion
 
 
 def test_win_tie_loss_and_scores_are_the_judges(world, tmp_path, monkeypatch, capsys):
-    """Against the annotations: the toy judge's scores of the answers in the file and of the data's, compared one by one; the same means with --score."""
-    flags = [world / "sft", "--against", "annotations", "--data", world / "test.jsonl", "--judge", "toy", "--score", "--limit", 24, "--max_response", 12, "--out", tmp_path / "out"]
+    """Against the annotations: the toy judge's scores, compared one by one; means with --score."""
+    flags = [world / "sft", "--against", "annotations", "--data", world / "test.jsonl"]
+    flags += ["--judge", "toy", "--score", "--limit", 24, "--max_response", 12]
+    flags += ["--out", tmp_path / "out"]
     run(monkeypatch, evaluate, *flags)
-    import toy
-    data = common.load_rows(str(world / "test.jsonl"), "response", 24)[0]
+
+    data, _ = datafiles.load_rows(str(world / "test.jsonl"), "response", 24)
     (answers,) = (tmp_path / "out").glob("answers-*.jsonl")
-    scores = [(toy.score(d["prompt"][0]["content"], a["response"]), toy.score(d["prompt"][0]["content"], d["response"])) for d, a in zip(data, lines(answers), strict=True)]
+    scores, others = [], []
+    for row, answer in zip(data, lines(answers), strict=True):
+        prompt = row["prompt"][0]["content"]
+        scores.append(toy.score(prompt, answer["response"]))
+        others.append(toy.score(prompt, row["response"]))
     found = evaluated(tmp_path)
-    share = lambda test: sum(test(s, t) for s, t in scores) / 24
-    assert [found[k] for k in ("win", "tie", "loss")] == near([share(float.__gt__), share(float.__eq__), share(float.__lt__)])
-    assert found["gap"] == near(found["win"] - found["loss"]) and found["flip_rate"] is None  # a number judge has no order
-    assert [row["score"] for row in found["scores"]] == near([sum(side) / 24 for side in zip(*scores)])
+    pairs = list(zip(scores, others))
+    assert found["win"] == near(sum(s > t for s, t in pairs) / 24)
+    assert found["tie"] == near(sum(s == t for s, t in pairs) / 24)
+    assert found["loss"] == near(sum(s < t for s, t in pairs) / 24)
+    assert found["gap"] == near(found["win"] - found["loss"])
+    assert found["flip_rate"] is None  # a number judge has no order
+    assert [row["score"] for row in found["scores"]] == near([mean(scores), mean(others)])
     assert "win-loss gap" in capsys.readouterr().out
-    monkeypatch.setattr(common, "load_lm", lambda *a: pytest.fail("sampled again"))
-    monkeypatch.setattr(toy, "score", lambda *a: pytest.fail("judged again"))
+
+    forbid(monkeypatch, common, "load_lm", "sampled again")
+    forbid(monkeypatch, toy, "score", "judged again")
     run(monkeypatch, evaluate, *flags)
 
 
-def test_a_judge_that_counts_words_is_named(world, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("rule,warned", [(the_longer, True), (the_shorter, False)])
+def test_a_judge_that_counts_words_is_named(rule, warned, world, tmp_path, monkeypatch, capsys):
     """The warning, on stderr, with the share; none for a judge that doesn't mind."""
-    for n, (rule, warned) in enumerate(((lambda a, b: "A" if len(a) > len(b) else "B", True), (lambda a, b: "A" if len(a) < len(b) else "B", False))):
-        monkeypatch.setattr(evaluate, "make_judge", lambda *a: MadeUp(rule, f"made-up:{n}"))
-        run(monkeypatch, evaluate, world / "sft", "--against", world / "sft-small", "--data", world / "test.jsonl", "--judge", f"hf:{n}", "--limit", 20, "--max_response", 12,
-            "--temperature", 1, "--out", tmp_path / "out")
-        assert ("the longer answer won 100% of the decided comparisons" in capsys.readouterr().err) == warned
+    judge = MadeUp(rule)
+    monkeypatch.setattr(evaluate, "make_judge", lambda *arguments, **named: judge)
+    flags = [world / "sft", "--against", world / "sft-small", "--data", world / "test.jsonl"]
+    flags += ["--judge", "hf:0", "--limit", 20, "--max_response", 12, "--temperature", 1]
+    run(monkeypatch, evaluate, *flags, "--out", tmp_path / "out")
+    warning = "the longer answer won 100% of the decided comparisons"
+    assert (warning in capsys.readouterr().err) == warned
 
 
 def test_a_killed_comparison_goes_on_and_asks_nothing_twice(world, tmp_path, monkeypatch, capsys):
-    """Killed while it samples and while it is judged: started again it keeps every finished batch and ends with the same bytes as a run in one go."""
-    flags = [world / "sft", "--against", world / "sft-small", "--data", world / "test.jsonl", "--judge", "toy", "--limit", 24, "--batch", 4, "--max_response", 8, "--temperature", 1]
-    run(monkeypatch, evaluate, *flags, "--out", tmp_path / "whole")
-    out = tmp_path / "out"
-    assert forked(evaluate, *flags, "--out", out, kill=("in", f"answers of {world / 'sft'} (1 rank, batches of 4)")) == -signal.SIGKILL
+    """Killed while it samples and while it judges, it ends with the bytes of a run in one go."""
+    flags = [world / "sft", "--against", world / "sft-small", "--data", world / "test.jsonl"]
+    flags += ["--judge", "toy", "--limit", 24, "--batch", 4, "--max_response", 8]
+    flags += ["--temperature", 1]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(monkeypatch, evaluate, *flags, "--out", whole)
+
+    sampling = f"answers of {world / 'sft'} (1 rank, batches of 4)"
+    assert forked(evaluate, *flags, "--out", out, kill=("in", sampling)) == -signal.SIGKILL
     (part,) = out.glob("answers-*.part0")
-    kept = part.read_text()
-    assert kept.count("stamp") == 2
+    assert part.read_text().count("stamp") == 2
+
     assert forked(evaluate, *flags, "--out", out, kill=("in", "judge")) == -signal.SIGKILL
-    assert len(list(out.glob("answers-*.jsonl"))) == 2 and len(list(out.glob("verdicts-*.part0"))) == 1
+    assert len(list(out.glob("answers-*.jsonl"))) == 2
+    assert len(list(out.glob("verdicts-*.part0"))) == 1
+
     run(monkeypatch, evaluate, *flags, "--out", out)
-    assert {f.name: f.read_bytes() for f in out.glob("*.jsonl")} == {f.name: f.read_bytes() for f in (tmp_path / "whole").glob("*.jsonl")}
+    assert contents(out, "*.jsonl") == contents(whole, "*.jsonl")
     capsys.readouterr()
 
 
+def contents(folder, pattern: str) -> dict[str, bytes]:
+    """The bytes of a folder's files, by name."""
+    return {file.name: file.read_bytes() for file in folder.glob(pattern)}
+
+
 def test_other_flags_never_meet_an_old_answer(world, tmp_path):
-    """A file's name changes with everything that its content depends on: model, prompts, temperature, length, seed, number format."""
-    names, (tok, config) = set(), common.load_tokenizer(str(world / "sft"))
-    rows = common.load_rows(str(world / "test.jsonl"), "prompt", 2)[0]
-    variants = [({}, "sft", rows, 0.0), ({}, "sft-small", rows, 0.0), ({}, "sft", rows[:1], 0.0), ({}, "sft", rows, 0.5), ({"max_response": 7}, "sft", rows, 0.0), ({"seed": 1}, "sft", rows, 0.0),
-                ({"dtype": "bfloat16"}, "sft", rows, 0.0)]
-    for flags, model, some, temperature in variants:
-        c = Config(**{"model": "m", "data": "d", "score": True, "judge": "toy", "out": str(tmp_path), "max_response": 6, "dtype": "float32"} | flags)
-        evaluate.answer(c, str(world / model), tok, config, some, temperature, "")
-        names |= {f.name for f in tmp_path.glob("*.jsonl")}
+    """A file's name changes with model, prompts, temperature, length, seed and number format."""
+    rows, _ = datafiles.load_rows(str(world / "test.jsonl"), "prompt", 2)
+    usual = {"model": "m", "data": "d", "score": True, "judge": "toy", "out": str(tmp_path)}
+    usual |= {"max_response": 6, "dtype": "float32"}
+    variants = [
+        ({}, "sft", rows, 0.0),
+        ({}, "sft-small", rows, 0.0),
+        ({}, "sft", rows[:1], 0.0),
+        ({}, "sft", rows, 0.5),
+        ({"max_response": 7}, "sft", rows, 0.0),
+        ({"seed": 1}, "sft", rows, 0.0),
+        ({"dtype": "bfloat16"}, "sft", rows, 0.0),
+    ]
+    names = set()
+    for flags, folder, some, temperature in variants:
+        c = Config(**{**usual, **flags})
+        model = evaluate.open_model(c, str(world / folder))
+        evaluate.answer(c, model, some, temperature, "")
+        names |= {file.name for file in tmp_path.glob("*.jsonl")}
     assert len(names) == len(variants)
 
 
 def test_two_ranks_find_what_one_finds(world, tmp_path, monkeypatch, capsys):
     """Answers, verdicts, log-probs and results are the same files under torchrun."""
-    for mode in (["--against", "annotations", "--data", world / "test.jsonl", "--judge", "toy"], ["--pairs", world / "pairs.jsonl", "--reference", world / "sft-early"]):
+    against = ["--against", "annotations", "--data", world / "test.jsonl", "--judge", "toy"]
+    pairs = ["--pairs", world / "pairs.jsonl", "--reference", world / "sft-early"]
+    for mode in (against, pairs):
         flags = [world / "sft", *mode, "--limit", 20, "--batch", 4, "--max_response", 8]
         run(monkeypatch, evaluate, *flags, "--out", tmp_path / "out1")
-        done = script("evaluate.py", *flags, "--out", tmp_path / "out2", cwd=tmp_path, ranks=2)
+        two = [*flags, "--out", tmp_path / "out2"]
+        done = script("evaluate.py", *two, cwd=tmp_path, ranks=2)
         assert done.returncode == 0, done.stderr
-    found = [{f.name: f.read_bytes() for f in (tmp_path / f"out{ranks}").glob("*.json*")} for ranks in (1, 2)]
-    assert found[0] == found[1] and len(found[0]) == 6
+    found = contents(tmp_path / "out1", "*.json*")
+    assert found == contents(tmp_path / "out2", "*.json*")
+    assert len(found) == 6
     capsys.readouterr()
 
 
-# ---------------------------------------------------------------- benchmarks and exports
+# ------------------------------------------------------------------------- benchmarks and exports
 
 
-def test_the_harness_is_called_with_the_papers_shots():
-    """The command line of every benchmark: shots, chat template, few-shot as turns, local tasks; a task of one's own keeps its shots."""
-    c = Config(model="M", benchmarks="gsm8k", tasks_dir="T", limit=7, dtype="float32", batch=3, seed=5)
-    for task, shots in (("arc_challenge", 25), ("truthfulqa_mc2", 0), ("winogrande", 5), ("gsm8k", 5), ("hellaswag", 10), ("mmlu", 5)):
-        assert benchmark_command(c, task, "O") == [sys.executable, "-P", "-m", "lm_eval", "--model", "hf", "--model_args", "pretrained=M,dtype=float32", "--tasks", task,
-                                                   "--num_fewshot", str(shots), "--apply_chat_template", "--fewshot_as_multiturn", "--batch_size", "3", "--device", c.device.type,
-                                                   "--seed", "5", "--output_path", "O", "--log_samples", "--include_path", "T", "--limit", "7"]
-    assert "--num_fewshot" not in benchmark_command(c, "mine", "O")
+@pytest.mark.parametrize(
+    "task,shots",
+    [
+        ("arc_challenge", 25),
+        ("truthfulqa_mc2", 0),
+        ("winogrande", 5),
+        ("gsm8k", 5),
+        ("hellaswag", 10),
+        ("mmlu", 5),
+        ("mine", None),
+    ],
+)
+def test_the_harness_is_called_with_the_papers_shots(task, shots):
+    """The whole command line; a task of one's own keeps its shots."""
+    c = Config(
+        model="M", benchmarks="gsm8k", tasks_dir="T", limit=7, dtype="float32", batch=3, seed=5
+    )
+    expected = [sys.executable, "-P", "-m", "lm_eval", "--model", "hf"]
+    expected += ["--model_args", "pretrained=M,dtype=float32", "--tasks", task]
+    if shots is not None:
+        expected += ["--num_fewshot", str(shots)]
+    expected += ["--apply_chat_template", "--fewshot_as_multiturn", "--batch_size", "3"]
+    expected += ["--device", c.device.type, "--seed", "5", "--output_path", "O", "--log_samples"]
+    expected += ["--include_path", "T", "--limit", "7"]
+    assert benchmark_command(c, task, "O") == expected
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="the optional lm_eval is not installed; .ci/run's last line does")
+TASK = """task: toy_sort
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: FOLDER/rows.jsonl
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: '{{q}}'
+doc_to_target: 1
+doc_to_choice: '{{choices}}'
+num_fewshot: 2
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("lm_eval"),
+    reason="the optional lm_eval is not installed; .ci/run's last line does",
+)
 def test_benchmark_numbers_are_the_harness_own(world, tmp_path):
-    """A local task through evaluate.py and through lm_eval called by hand: the same numbers; started again, nothing is run."""
-    rows = common.load_rows(str(world / "pairs.jsonl"), "pair", 20)[0]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": r["prompt"][0]["content"], "choices": [r["rejected"], r["chosen"]]}) + "\n" for r in rows))
-    (tmp_path / "sort.yaml").write_text(f"task: toy_sort\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.jsonl\ntest_split: test\nfewshot_split: test\n"
-                                        "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_target: 1\ndoc_to_choice: '{{choices}}'\nnum_fewshot: 2\nmetric_list:\n  - metric: acc\n")
-    flags = [world / "sft", "--benchmarks", "toy_sort", "--tasks_dir", tmp_path, "--out", tmp_path / "out"]
+    """A local task through evaluate.py and through lm_eval by hand; again, nothing is run."""
+    rows, _ = datafiles.load_rows(str(world / "pairs.jsonl"), "pair", 20)
+    examples = []
+    for row in rows:
+        choices = [row["rejected"], row["chosen"]]
+        examples.append({"q": row["prompt"][0]["content"], "choices": choices})
+    write_rows(tmp_path / "rows.jsonl", examples)
+    (tmp_path / "sort.yaml").write_text(TASK.replace("FOLDER", str(tmp_path)))
+
+    flags = [world / "sft", "--benchmarks", "toy_sort", "--tasks_dir", tmp_path]
+    flags += ["--out", tmp_path / "out"]
     done = script("evaluate.py", *flags, cwd=tmp_path, HF_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     (row,) = evaluated(tmp_path)["results"]
-    command = benchmark_command(Config(model=str(world / "sft"), benchmarks="toy_sort", tasks_dir=str(tmp_path)), "toy_sort", tmp_path / "by-hand")
-    subprocess.run(command, check=True, env=environment(HF_HOME=str(tmp_path)), cwd=tmp_path, capture_output=True)
+
+    c = Config(model=str(world / "sft"), benchmarks="toy_sort", tasks_dir=str(tmp_path))
+    command = benchmark_command(c, "toy_sort", tmp_path / "by-hand")
+    own = environment(HF_HOME=str(tmp_path))
+    subprocess.run(command, check=True, env=own, cwd=tmp_path, capture_output=True)
     theirs = evaluate.read_benchmark(tmp_path / "by-hand")["results"]["toy_sort"]
-    assert (row["metric"], row["value"], row["stderr"], row["shots"]) == ("acc", theirs["acc,none"], theirs["acc_stderr,none"], 2)
-    assert " ".join(command[1:5]) in done.stdout and "lm_eval 0." in done.stdout
+    assert (row["metric"], row["shots"]) == ("acc", 2)
+    assert (row["value"], row["stderr"]) == (theirs["acc,none"], theirs["acc_stderr,none"])
+    assert " ".join(command[1:5]) in done.stdout
+    assert "lm_eval 0." in done.stdout
+
     again = script("evaluate.py", *flags, cwd=tmp_path, HF_HOME=str(tmp_path))
-    assert again.returncode == 0 and "Running loglikelihood" not in again.stderr
+    assert again.returncode == 0
+    assert "Running loglikelihood" not in again.stderr
 
 
 def test_alpaca_eval_reads_what_is_exported(world, tmp_path, monkeypatch, capsys):
-    """A list of instruction, output, generator and, where the question has one, dataset, in the questions' order; AlpacaEval's own loader takes it."""
-    questions = [{"instruction": "cab", "output": "x", "generator": "other", "dataset": "koala"}, {"instruction": "fed"}, {"instruction": "cab", "dataset": "vicuna"}]
+    """Instruction, output, generator and dataset in the questions' order; AlpacaEval loads it."""
+    questions = [
+        {"instruction": "cab", "output": "x", "generator": "other", "dataset": "koala"},
+        {"instruction": "fed"},
+        {"instruction": "cab", "dataset": "vicuna"},
+    ]
     (tmp_path / "q.json").write_text(json.dumps(questions))
-    run(monkeypatch, evaluate, world / "sft", "--export", "alpaca_eval", "--questions", tmp_path / "q.json", "--max_response", 12, "--name", "tiny", "--out", tmp_path / "out")
+    flags = [world / "sft", "--export", "alpaca_eval", "--questions", tmp_path / "q.json"]
+    flags += ["--max_response", 12, "--name", "tiny", "--out", tmp_path / "out"]
+    run(monkeypatch, evaluate, *flags)
     file = tmp_path / "out" / "alpaca_eval" / "tiny.json"
     rows = json.loads(file.read_text())
-    assert [{k: v for k, v in row.items() if k != "output"} for row in rows] == [
-        {"instruction": "cab", "generator": "tiny", "dataset": "koala"}, {"instruction": "fed", "generator": "tiny"}, {"instruction": "cab", "generator": "tiny", "dataset": "vicuna"}]
-    lm, (tok, _) = common.load_lm(str(world / "sft"), torch.float32, "cpu"), common.load_tokenizer(str(world / "sft"))
-    for row in rows:  # the model's own greedy answer under its own template
-        assert row["output"] == common.sample(lm, tok, [common.prompt_ids(tok, [{"role": "user", "content": row["instruction"]}])], 0.0, 12, 0)[0][0]
+    outputs = [row.pop("output") for row in rows]
+    assert rows == [
+        {"instruction": "cab", "generator": "tiny", "dataset": "koala"},
+        {"instruction": "fed", "generator": "tiny"},
+        {"instruction": "cab", "generator": "tiny", "dataset": "vicuna"},
+    ]
+
+    # the model's own greedy answer under its own template
+    lm = common.load_lm(str(world / "sft"), torch.float32, "cpu")
+    tok, _ = common.load_tokenizer(str(world / "sft"))
+    for question, output in zip(questions, outputs):
+        ids = common.prompt_ids(tok, user(question["instruction"]))
+        ((text, _),) = common.sample(lm, tok, [ids], 0.0, 12, 0)
+        assert output == text
     capsys.readouterr()
+
     loader = pytest.importorskip("alpaca_eval.utils", exc_type=ImportError)
-    assert loader.load_or_convert_to_dataframe(file)["output"].tolist() == [row["output"] for row in rows]
+    assert loader.load_or_convert_to_dataframe(file)["output"].tolist() == outputs
 
 
 def test_fastchat_reads_what_is_exported(world, tmp_path, monkeypatch, capsys):
-    """Both turns, the second asked with the first's answer in the conversation; temperatures by category; FastChat's own loader takes it."""
-    questions = [{"question_id": 81, "category": "writing", "turns": ["cab", "fed"]}, {"question_id": 82, "category": "math", "turns": ["hg", "ab"], "reference": ["gh", "ab"]},
-                 {"question_id": 83, "category": "humanities", "turns": ["ponm", "ghij"]}, {"question_id": 84, "category": "coding", "turns": ["ponm", "cd"]}]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    asked, generate = [], common.generate
-    monkeypatch.setattr(evaluate, "generate", lambda file, rows, *a, **how: asked.append((how["temperature"], copy.deepcopy(rows))) or generate(file, rows, *a, **how))
-    run(monkeypatch, evaluate, world / "sft", "--export", "mt_bench", "--questions", tmp_path / "q.jsonl", "--max_response", 12, "--name", "tiny", "--out", tmp_path / "out")
+    """Both turns, the first's answer in the second's prompt; temperatures by category."""
+    questions = [
+        {"question_id": 81, "category": "writing", "turns": ["cab", "fed"]},
+        {"question_id": 82, "category": "math", "turns": ["hg", "ab"], "reference": ["gh", "ab"]},
+        {"question_id": 83, "category": "humanities", "turns": ["ponm", "ghij"]},
+        {"question_id": 84, "category": "coding", "turns": ["ponm", "cd"]},
+    ]
+    write_rows(tmp_path / "q.jsonl", questions)
+    asked = []
+
+    def generate(file, rows, model, sampling, *arguments, **named):
+        asked.append((sampling.temperature, copy.deepcopy(rows)))
+        return common.generate(file, rows, model, sampling, *arguments, **named)
+
+    monkeypatch.setattr(evaluate, "generate", generate)
+    flags = [world / "sft", "--export", "mt_bench", "--questions", tmp_path / "q.jsonl"]
+    flags += ["--max_response", 12, "--name", "tiny", "--out", tmp_path / "out"]
+    run(monkeypatch, evaluate, *flags)
+
     rows = lines(tmp_path / "out" / "mt_bench" / "tiny.jsonl")
-    assert [list(row) for row in rows] == [["question_id", "answer_id", "model_id", "choices", "tstamp"]] * 4 and [row["question_id"] for row in rows] == [81, 82, 83, 84]
-    assert all(row["model_id"] == "tiny" and row["choices"][0]["index"] == 0 and len(row["choices"]) == 1 and len(row["choices"][0]["turns"]) == 2 for row in rows)
-    assert len({row["answer_id"] for row in rows}) == 4 and all(isinstance(row["tstamp"], float) for row in rows)
-    assert [(t, [row["id"] for row in some]) for t, some in asked] == [(0.0, ["1", "3"]), (0.1, ["2"]), (0.7, ["0"])] * 2
-    assert evaluate.TEMPERATURES == {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1} | dict.fromkeys(["extraction", "math", "coding", "reasoning"], 0.0)
-    second = asked[3][1][0]["prompt"]
-    assert second == [{"role": "user", "content": "hg"}, {"role": "assistant", "content": rows[1]["choices"][0]["turns"][0]}, {"role": "user", "content": "ab"}]
+    assert [row["question_id"] for row in rows] == [81, 82, 83, 84]
+    for row in rows:
+        assert list(row) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
+        assert row["model_id"] == "tiny"
+        (choice,) = row["choices"]
+        assert choice["index"] == 0
+        assert len(choice["turns"]) == 2
+        assert isinstance(row["tstamp"], float)
+    assert len({row["answer_id"] for row in rows}) == 4
+
+    by_temperature = [(0.0, ["1", "3"]), (0.1, ["2"]), (0.7, ["0"])]
+    ids_asked = []
+    for temperature, some in asked:
+        ids_asked.append((temperature, [row["id"] for row in some]))
+    assert ids_asked == by_temperature * 2
+    assert evaluate.TEMPERATURES == {
+        "writing": 0.7,
+        "roleplay": 0.7,
+        "stem": 0.1,
+        "humanities": 0.1,
+        "extraction": 0.0,
+        "math": 0.0,
+        "coding": 0.0,
+        "reasoning": 0.0,
+    }
+    _, second_turn = asked[3]
+    first_answer = rows[1]["choices"][0]["turns"][0]
+    assert second_turn[0]["prompt"] == [
+        {"role": "user", "content": "hg"},
+        {"role": "assistant", "content": first_answer},
+        {"role": "user", "content": "ab"},
+    ]
     capsys.readouterr()
+
     theirs = pytest.importorskip("fastchat.llm_judge.common", exc_type=ImportError)
-    assert theirs.load_model_answers(str(tmp_path / "out" / "mt_bench"))["tiny"][82] == rows[1]
+    loaded = theirs.load_model_answers(str(tmp_path / "out" / "mt_bench"))
+    assert loaded["tiny"][82] == rows[1]
     assert evaluate.TEMPERATURES.items() <= theirs.temperature_config.items()
 
 
-# ---------------------------------------------------------------- figures: the numbers that are plotted
+# ------------------------------------------------------------------------- what the figures plot
 
 
-def made_up(folder, config, results, metrics, **files):
-    """A run's folder as the scripts leave it."""
+def made_up(folder, config: dict, results: dict, metrics: list[dict], files=None):
+    """A run's folder as the scripts leave it; files: {name: rows}. Returns the folder."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "results.json").write_text(json.dumps(results))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-    for name, rows in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "metrics.jsonl", metrics)
+    for name, rows in (files or {}).items():
+        write_rows(folder / name, rows)
     return folder
 
 
-def dnpo_run(tmp_path, name, seed, scores, **config):
-    """Three iterations (start, SPIN, DNPO) with one held-out answer per score and iteration, and made-up losses."""
-    config = {"noise_init": 0.1, "labels": "judge", "noise": True, "seed": seed, "out": name, "lr": 1e-4} | config
-    noise = lambda k: {"noise/loss": -0.1 * k} if config["noise"] and k > 1 else {}
-    metrics = [{"iteration": k, "step": s, "loss": k + s / 10} | noise(k) for k in (1, 2) for s in (1, 2)]
-    results = {"iterations": [{"iteration": k, "score": sum(row) / len(row), "win": 0.25 * k, "tie": 0.25, "loss": 0.75 - 0.25 * k} for k, row in enumerate(scores)]}
-    tests = {f"iter{k}/test.jsonl": [{"id": str(i), "meta": {"score": s}} for i, s in enumerate(row)] for k, row in enumerate(scores)}
-    logps = {f"iter{k}/logps.jsonl": [{"id": str(i), "positive": -1.0 - i, "negative": -11.0 - i, "new": -11.0 - i - 3 * k} for i in range(10)] for k in (1, 2)}
-    return made_up(tmp_path / name, config, results, metrics, **tests, **logps)
+def dnpo_run(tmp_path, name: str, seed: int, scores: list[list[float]], **config):
+    """Three iterations (start, SPIN, DNPO), a held-out answer per score, and made-up losses."""
+    config = {
+        "noise_init": 0.1,
+        "labels": "judge",
+        "noise": True,
+        "seed": seed,
+        "out": name,
+        "lr": 1e-4,
+        **config,
+    }
+    metrics = []
+    for k in (1, 2):
+        for step in (1, 2):
+            line = {"iteration": k, "step": step, "loss": k + step / 10}
+            if config["noise"] and k > 1:
+                line["noise/loss"] = -0.1 * k
+            metrics.append(line)
+
+    iterations, files = [], {}
+    for k, row in enumerate(scores):
+        shares = {"win": 0.25 * k, "tie": 0.25, "loss": 0.75 - 0.25 * k}
+        iterations.append({"iteration": k, "score": mean(row), **shares})
+        answers = [{"id": str(i), "meta": {"score": score}} for i, score in enumerate(row)]
+        files[f"iter{k}/test.jsonl"] = answers
+    for k in (1, 2):
+        logps = []
+        for i in range(10):
+            row = {"id": str(i), "positive": -1.0 - i, "negative": -11.0 - i}
+            logps.append({**row, "new": -11.0 - i - 3 * k})
+        files[f"iter{k}/logps.jsonl"] = logps
+    return made_up(tmp_path / name, config, {"iterations": iterations}, metrics, files)
 
 
-def sams_run(tmp_path, name, select, flips, **config):
-    """Four updates of 8 pairs, 4 of them selected; flips: (flipped in the batch, flipped and selected) of each; accuracy measured at 2 and 4."""
-    config = {"selector_lr": 1e-4, "select": select, "preselect": 1.0, "ratio": 0.5, "seed": 0, "out": name, "flip": 0.2, "epochs": 1, "gamma": 0.5} | config
-    metrics = [{"step": s, "batch/pairs": 8, "batch/flipped": a, "selected/flipped": b, "selected/pairs": 4, "score_seconds": 0.5, "selector/seconds": 0.25, "memory_gib": s / 2,
-                "pairs_per_second": 4.0} | ({"eval/accuracy": 0.5 + s / 10} if s % 2 == 0 else {}) for s, (a, b) in enumerate(flips, 1)]
+def sams_run(tmp_path, name: str, select: str, flips: list[tuple[int, int]], **config):
+    """Updates of 8 pairs, 4 of them selected, with the accuracy measured after every second one.
+
+    flips: of each update, how many pairs of the batch are flipped, and how many selected ones.
+    """
+    config = {
+        "selector_lr": 1e-4,
+        "select": select,
+        "preselect": 1.0,
+        "ratio": 0.5,
+        "seed": 0,
+        "out": name,
+        "flip": 0.2,
+        "epochs": 1,
+        "gamma": 0.5,
+        **config,
+    }
+    metrics = []
+    for step, (in_batch, in_selected) in enumerate(flips, 1):
+        line = {
+            "step": step,
+            "batch/pairs": 8,
+            "batch/flipped": in_batch,
+            "selected/flipped": in_selected,
+            "selected/pairs": 4,
+            "score_seconds": 0.5,
+            "selector/seconds": 0.25,
+            "memory_gib": step / 2,
+            "pairs_per_second": 4.0,
+        }
+        if step % 2 == 0:
+            line["eval/accuracy"] = 0.5 + step / 10
+        metrics.append(line)
     return made_up(tmp_path / name, config, {}, metrics)
 
 
 def test_runs_that_differ_in_their_seed_are_one_kind(tmp_path):
-    """Grouped by config without seed and place, in the seeds' order; kinds of one name say what differs; a name of the user's own is kept; tasks have panels of their own."""
-    folders = [dnpo_run(tmp_path, name, seed, [[1.0]] * 3, **more) for name, seed, more in (
-        ("a1", 1, {}), ("a0", 0, {}), ("hot", 0, {"lr": 1e-3}), ("spin", 0, {"labels": "annotation", "noise": False}), ("dsl", 0, {"noise": False}), ("npo", 0, {"labels": "annotation"}))]
-    groups = group_runs([read_run(str(f)) for f in folders] + [read_run(f"{folders[2]}=hotter")])
-    assert [(name, [run["folder"].name for run in runs]) for name, _, runs in groups] == [
-        ("DNPO", ["a0", "a1"]), ("DNPO, lr 0.001", ["hot"]), ("SPIN", ["spin"]), ("SPIN + DSL", ["dsl"]), ("SPIN + NPO", ["npo"]), ("hotter", ["hot"])]
-    some = [sams_run(tmp_path, name, select, [(2, 1)] * 4, **more) for name, select, more in (
-        ("s", "topk", {}), ("d", "all", {}), ("s4", "topk", {"flip": 0.4}), ("g", "topk", {"gamma": 0.2}), ("p", "all", {"preselect": 0.5}))]
-    tasks = by_task(group_runs([read_run(str(f)) for f in some]))
-    assert {task: [name for name, _, _ in groups] for task, groups in tasks.items()} == {"flip 0.2": ["SamS", "DPO", "SamS, gamma 0.2", "Selective + DPO"], "flip 0.4": ["SamS"]}
+    """In the seeds' order; kinds of one name say what differs; a name of one's own is kept."""
+    variants = {
+        "a1": {"seed": 1},
+        "a0": {"seed": 0},
+        "hot": {"seed": 0, "lr": 1e-3},
+        "spin": {"seed": 0, "labels": "annotation", "noise": False},
+        "dsl": {"seed": 0, "noise": False},
+        "npo": {"seed": 0, "labels": "annotation"},
+    }
+    runs = []
+    for name, config in variants.items():
+        folder = dnpo_run(tmp_path, name, scores=[[1.0]] * 3, **config)
+        runs.append(read_run(str(folder)))
+    runs.append(read_run(f"{tmp_path}/hot=hotter"))
+
+    kinds = {}
+    for kind in group_runs(runs):
+        kinds[kind.name] = [run.folder.name for run in kind.runs]
+    assert list(kinds.items()) == [
+        ("DNPO", ["a0", "a1"]),
+        ("DNPO, lr 0.001", ["hot"]),
+        ("SPIN", ["spin"]),
+        ("SPIN + DSL", ["dsl"]),
+        ("SPIN + NPO", ["npo"]),
+        ("hotter", ["hot"]),
+    ]
+
+
+def test_tasks_have_panels_of_their_own(tmp_path):
+    """Kinds under the task that they share, named by what differs between tasks."""
+    variants = {
+        "s": {"select": "topk"},
+        "d": {"select": "all"},
+        "s4": {"select": "topk", "flip": 0.4},
+        "g": {"select": "topk", "gamma": 0.2},
+        "p": {"select": "all", "preselect": 0.5},
+    }
+    runs = []
+    for name, config in variants.items():
+        folder = sams_run(tmp_path, name, flips=[(2, 1)] * 4, **config)
+        runs.append(read_run(str(folder)))
+    tasks = {}
+    for task, kinds in by_task(group_runs(runs)).items():
+        tasks[task] = [kind.name for kind in kinds]
+    assert tasks == {
+        "flip 0.2": ["SamS", "DPO", "SamS, gamma 0.2", "Selective + DPO"],
+        "flip 0.4": ["SamS"],
+    }
 
 
 def test_dnpo_figures_plot_the_runs_numbers(tmp_path):
-    """Scores and shares per iteration, log-probs and their distances, duels prompt by prompt, losses over all steps, from files with known content."""
-    own = read_run(str(dnpo_run(tmp_path, "own", 0, [[1.0, 1.0, 1.0, 1.0], [2.0, 1.0, 0.0, 1.0], [5.0, 5.0, 5.0, 0.0]])))
-    spin = read_run(str(dnpo_run(tmp_path, "spin", 0, [[1.0, 1.0, 1.0, 1.0]] * 3, labels="annotation", noise=False)))
-    assert iteration_values(own, "score") == [1.0, 1.0, 3.75] and iteration_values(own, "win") == [0.0, 0.25, 0.5] and iteration_values(own, "nothing") is None
+    """Scores and shares per iteration, log-probs, distances, duels, losses: all known."""
+    scores = [[1.0, 1.0, 1.0, 1.0], [2.0, 1.0, 0.0, 1.0], [5.0, 5.0, 5.0, 0.0]]
+    even = [[1.0, 1.0, 1.0, 1.0]] * 3
+    own = read_run(str(dnpo_run(tmp_path, "own", 0, scores)))
+    folder = dnpo_run(tmp_path, "spin", 0, even, labels="annotation", noise=False)
+    spin = read_run(str(folder))
+    assert figures.iteration_values(own, "score") == [1.0, 1.0, 3.75]
+    assert figures.iteration_values(own, "win") == [0.0, 0.25, 0.5]
+    assert figures.iteration_values(own, "nothing") is None
     assert duel(own, spin) == [(0.0, 1.0, 0.0), (0.25, 0.5, 0.25), (0.75, 0.0, 0.25)]
-    samples = logp_samples(own, 2)
-    assert samples["positive"] == [-1.0 - i for i in range(10)] and samples["generated, next iteration"] == [-17.0 - i for i in range(10)]
-    assert [ks_distance(logp_samples(own, k)["generated, next iteration"], logp_samples(own, k)["negative"]) for k in (1, 2)] == near([0.3, 0.6])
-    assert curves(own, "loss", "noise/loss") == ([[2.1, 2.2], [-0.2, -0.2]], [0]) and curves(spin, "loss", "noise/loss")[0] == [[], []]
-    assert curves(spin, "loss") == ([[1.1, 1.2, 2.1, 2.2]], [0, 2])
+
+    first, second = figures.logp_samples(own, 1), figures.logp_samples(own, 2)
+    new = "generated, next iteration"
+    assert second["positive"] == [-1.0 - i for i in range(10)]
+    assert second[new] == [-17.0 - i for i in range(10)]
+    assert ks_distance(first[new], first["negative"]) == near(0.3)
+    assert ks_distance(second[new], second["negative"]) == near(0.6)
+
+    assert figures.curves(own, "loss", "noise/loss") == [[2.1, 2.2], [-0.2, -0.2]]
+    assert figures.beginnings(own, "loss", "noise/loss") == [0]
+    assert figures.curves(spin, "loss", "noise/loss") == [[], []]
+    assert figures.curves(spin, "loss") == [[1.1, 1.2, 2.1, 2.2]]
+    assert figures.beginnings(spin, "loss") == [0, 2]
 
 
 def test_tso_figures_plot_the_runs_numbers(tmp_path):
-    """Rewards over the steps of all slices; skewness and kurtosis of the first and the last measurement, without prompts that have none."""
-    spread = lambda k: [{"id": "a", "skewness": k, "kurtosis": -k}, {"id": "b", "skewness": None, "kurtosis": None}]
-    metrics = [{"iteration": n, "slice": f"1.{n}", "step": s, "rewards/chosen": n + s, "rewards/rejected": -s} for n in (1, 2) for s in (1, 2, 3)]
+    """Rewards over the steps of all slices; the first and the last spread of the scores."""
+
+    def spread(k: float) -> list[dict]:
+        measured = {"id": "a", "skewness": k, "kurtosis": -k}
+        return [measured, {"id": "b", "skewness": None, "kurtosis": None}]
+
+    metrics = []
+    for n in (1, 2):
+        for step in (1, 2, 3):
+            line = {"iteration": n, "slice": f"1.{n}", "step": step}
+            metrics.append({**line, "rewards/chosen": n + step, "rewards/rejected": -step})
+    slices = [
+        {"round": 0, "slice": 0},
+        {"round": 1, "slice": 1},
+        {"round": 1, "slice": 2},
+    ]
+    files = {"start/spread.jsonl": spread(1.0), "round1-slice2/spread.jsonl": spread(2.0)}
     config = {"clip_chosen": 0.2, "clip_rejected": 0.2, "seed": 0}
-    run = read_run(str(made_up(tmp_path / "t", config, {"slices": [{"round": 0, "slice": 0}, {"round": 1, "slice": 1}, {"round": 1, "slice": 2}]}, metrics,
-                               **{"start/spread.jsonl": spread(1.0), "round1-slice2/spread.jsonl": spread(2.0)})))
-    assert curves(run, "rewards/chosen", "rewards/rejected") == ([[2, 3, 4, 3, 4, 5], [-1, -2, -3, -1, -2, -3]], [0, 3])
-    assert spreads(run) == {"before": [(1.0, -1.0)], "after": [(2.0, -2.0)]}
-    plain = read_run(str(made_up(tmp_path / "d", config | {"clip_chosen": math.inf, "clip_rejected": math.inf}, {"slices": [{"round": 0, "slice": 0}]}, metrics)))
-    assert [name for name, _, _ in group_runs([run, plain])] == ["dual clip", "DPO"] and spreads(plain) == {}
+    folder = made_up(tmp_path / "t", config, {"slices": slices}, metrics, files)
+    run = read_run(str(folder))
+    chosen, rejected = figures.curves(run, "rewards/chosen", "rewards/rejected")
+    assert chosen == [2, 3, 4, 3, 4, 5]
+    assert rejected == [-1, -2, -3, -1, -2, -3]
+    assert figures.beginnings(run, "rewards/chosen", "rewards/rejected") == [0, 3]
+    assert figures.spreads(run) == {"before": [(1.0, -1.0)], "after": [(2.0, -2.0)]}
+
+    unclipped = {"clip_chosen": math.inf, "clip_rejected": math.inf, "seed": 0}
+    folder = made_up(tmp_path / "d", unclipped, {"slices": slices[:1]}, metrics)
+    plain = read_run(str(folder))
+    assert [kind.name for kind in group_runs([run, plain])] == ["dual clip", "DPO"]
+    assert figures.spreads(plain) == {}
 
 
 def test_the_sweep_figure_plots_every_axis_of_all_files(tmp_path, capsys):
-    """Seconds in the upper panels and memory in the lower, a column an axis, a line a row; a file without a sweep is one line."""
+    """Seconds above and memory below, a column an axis, a line a row; or one line of error."""
     pytest.importorskip("matplotlib")
-    cost = lambda n: {"seconds": float(n), "peak_mib": 100.0 * n}
-    (tmp_path / "a.json").write_text(json.dumps({"sweep": {"length": {"128": {"dpo": cost(1), "sams": cost(3)}, "256": {"dpo": cost(2), "sams": cost(5)}}}}))
-    (tmp_path / "b.json").write_text(json.dumps({"sweep": {"ranks": {"1": {"dpo": cost(7)}, "2": {"dpo": cost(4)}}}}))
+
+    def cost(n: int) -> dict:
+        return {"seconds": float(n), "peak_mib": 100.0 * n}
+
+    short = {"dpo": cost(1), "sams": cost(3)}
+    long = {"dpo": cost(2), "sams": cost(5)}
+    lengths = {"sweep": {"length": {"128": short, "256": long}}}
+    ranks = {"sweep": {"ranks": {"1": {"dpo": cost(7)}, "2": {"dpo": cost(4)}}}}
+    (tmp_path / "a.json").write_text(json.dumps(lengths))
+    (tmp_path / "b.json").write_text(json.dumps(ranks))
     (tmp_path / "c.json").write_text(json.dumps({"rows": {}}))
-    (name, figure, numbers), = sweep_figure([tmp_path / "a.json", tmp_path / "b.json"])
-    lines = [[(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()] for ax in figure.axes]
-    assert lines[:2] == [[("dpo", [128, 256], [1, 2]), ("sams", [128, 256], [3, 5])], [("dpo", [1, 2], [7, 4])]]
-    assert lines[2:] == [[("dpo", [128, 256], [100, 200]), ("sams", [128, 256], [300, 500])], [("dpo", [1, 2], [700, 400])]]
-    assert len(numbers) == 6 and numbers[2] == {"axis": "length", "value": 128, "row": "sams", "seconds": 3.0, "peak_mib": 300.0}
+    _, figure, numbers = figures.sweep_figure([tmp_path / "a.json", tmp_path / "b.json"])
+
+    plotted = []
+    for ax in figure.axes:
+        panel = []
+        for line in ax.get_lines():
+            panel.append((line.get_label(), list(line.get_xdata()), list(line.get_ydata())))
+        plotted.append(panel)
+    assert plotted == [
+        [("dpo", [128, 256], [1, 2]), ("sams", [128, 256], [3, 5])],
+        [("dpo", [1, 2], [7, 4])],
+        [("dpo", [128, 256], [100, 200]), ("sams", [128, 256], [300, 500])],
+        [("dpo", [1, 2], [700, 400])],
+    ]
+    assert len(numbers) == 6
+    row = {"axis": "length", "value": 128, "row": "sams", "seconds": 3.0, "peak_mib": 300.0}
+    assert numbers[2] == row
+
     with pytest.raises(SystemExit):
-        list(sweep_figure([tmp_path / "c.json"]))
+        figures.sweep_figure([tmp_path / "c.json"])
     assert "c.json: no sweep of bench.py" in capsys.readouterr().err
 
 
 def test_sams_figures_plot_the_runs_numbers(tmp_path):
-    """Accuracy at the measured updates; the share of flipped pairs selected over a window, by a naive loop; costs per update that add up."""
-    run = read_run(str(sams_run(tmp_path, "s", "topk", [(0, 0), (2, 1), (3, 0), (1, 1)])))
-    assert curves(run, "eval/accuracy", "step")[0] == [[0.7, 0.9], [2, 4]]
-    assert math.isnan(flipped_selected(run)[0]) and flipped_selected(run)[1:] == near([1 / 2, 1 / 5, 2 / 6]) and flipped_selected(run, 2)[1:] == near([1 / 2, 1 / 5, 1 / 4])
-    cost = costs(run)
-    assert cost == near({"score": 0.5, "select": 0.25, "train": 8 / 4.0 - 0.75, "memory": 2.0})
+    """Accuracy at its updates; shares of flipped pairs, counted by hand; costs that add up."""
+    flips = [(0, 0), (2, 1), (3, 0), (1, 1)]
+    run = read_run(str(sams_run(tmp_path, "s", "topk", flips)))
+    assert figures.curves(run, "eval/accuracy", "step") == [[0.7, 0.9], [2, 4]]
+
+    first, *others = figures.flipped_selected(run)
+    assert math.isnan(first)
+    assert others == near([1 / 2, 1 / 5, 2 / 6])
+    _, *others = figures.flipped_selected(run, 2)
+    assert others == near([1 / 2, 1 / 5, 1 / 4])
+
+    expected = {"score": 0.5, "select": 0.25, "train": 8 / 4.0 - 0.75, "memory": 2.0}
+    assert figures.costs(run) == near(expected)
+
+
+FIGURES = {
+    "dnpo-fig1-win-rate",
+    "dnpo-fig5-score",
+    "dnpo-fig8-ablation",
+    "dnpo-fig10-log-probs-dnpo",
+    "dnpo-fig2-log-probs-spin",
+    "dnpo-fig7-against-spin",
+    "dnpo-fig9-losses",
+    "tso-fig3-fig4-rewards",
+    "tso-fig5-scores",
+    "sams-accuracy",
+    "sams-flipped",
+    "sams-cost",
+}
+
+
+def make_finished_runs(world, tmp_path, monkeypatch) -> list:
+    """Two seeds of DNPO, SPIN, two selectors and a made-up TSO run; their folders."""
+    dnpo_runs = {"a0": {}, "a1": {"seed": 1}, "s0": {"labels": "annotation", "noise": False}}
+    for name, flags in dnpo_runs.items():
+        run(monkeypatch, dnpo, *dnpo_flags(world, **flags), "--out", tmp_path / name)
+    for name in ("topk", "all"):
+        place = ["--out", tmp_path / name, "--reference", tmp_path / "reference"]
+        run(monkeypatch, sams, *sams_flags(world, select=name), *place)
+
+    metrics = []
+    for step in (1, 2):
+        rewards = {"rewards/chosen": 0.1 * step, "rewards/rejected": -0.1 * step}
+        metrics.append({"slice": "1.1", "step": step, **rewards})
+    config = {"clip_chosen": 0.2, "clip_rejected": 0.2, "seed": 0}
+    results = {"slices": [{"round": 0, "slice": 0}, {"round": 1, "slice": 1}]}
+    spread = [{"id": "a", "skewness": 1.0, "kurtosis": -1.0}]
+    files = {"start/spread.jsonl": spread, "round1-slice1/spread.jsonl": spread}
+    made_up(tmp_path / "t", config, results, metrics, files)
+    return [tmp_path / name for name in ("a0", "a1", "s0", "topk", "all", "t")]
 
 
 def test_figures_are_drawn_of_finished_runs_alone(world, tmp_path, monkeypatch, capsys):
-    """Two seeds of DNPO, SPIN, a made-up TSO run and two selectors: every figure as SVG and PNG with its numbers, byte for byte the same again, no model read."""
+    """Every figure as SVG and PNG with its numbers, the same bytes again, and no model is read."""
     pytest.importorskip("matplotlib")
-    for name, flags in (("a0", {}), ("a1", {"seed": 1}), ("s0", {"labels": "annotation", "noise": False})):
-        run(monkeypatch, dnpo, *dnpo_flags(world, **flags), "--out", tmp_path / name)
-    for name in ("topk", "all"):
-        run(monkeypatch, sams, *sams_flags(world, select=name), "--out", tmp_path / name, "--reference", tmp_path / "reference")
-    spread = [{"id": "a", "skewness": 1.0, "kurtosis": -1.0}]
-    made_up(tmp_path / "t", {"clip_chosen": 0.2, "clip_rejected": 0.2, "seed": 0}, {"slices": [{"round": 0, "slice": 0}, {"round": 1, "slice": 1}]},
-            [{"slice": "1.1", "step": s, "rewards/chosen": 0.1 * s, "rewards/rejected": -0.1 * s} for s in (1, 2)], **{"start/spread.jsonl": spread, "round1-slice1/spread.jsonl": spread})
-    for loader in ("load_lm", "load_tokenizer", "make_judge"):
-        monkeypatch.setattr(evaluate, loader, lambda *a: pytest.fail("a model was read"))
+    folders = make_finished_runs(world, tmp_path, monkeypatch)
+    forbid(monkeypatch, common, "load_lm", "a model was read")
+    forbid(monkeypatch, evaluate, "load_tokenizer", "a model was read")
+    forbid(monkeypatch, evaluate, "make_judge", "a model was read")
     for out in ("one", "two"):
-        run(monkeypatch, evaluate, "--figures", *(tmp_path / name for name in ("a0", "a1", "s0", "topk", "all", "t")), "--out", tmp_path / out)
-    names = {"dnpo-fig1-win-rate", "dnpo-fig5-score", "dnpo-fig8-ablation", "dnpo-fig10-log-probs-dnpo", "dnpo-fig2-log-probs-spin", "dnpo-fig7-against-spin", "dnpo-fig9-losses",
-             "tso-fig3-fig4-rewards", "tso-fig5-scores", "sams-accuracy", "sams-flipped", "sams-cost"}
-    files = {f.name: f.read_bytes() for f in (tmp_path / "one").iterdir()}
-    assert set(files) == {f"{name}.{kind}" for name in names for kind in ("svg", "png")} | {"figures.json"}
-    assert {f.name: f.read_bytes() for f in (tmp_path / "two").iterdir()} == files
+        run(monkeypatch, evaluate, "--figures", *folders, "--out", tmp_path / out)
+
+    expected = {"figures.json"}
+    for name in FIGURES:
+        expected |= {f"{name}.svg", f"{name}.png"}
+    files = contents(tmp_path / "one", "*")
+    assert set(files) == expected
+    assert contents(tmp_path / "two", "*") == files
+
+    scores, rows = [], []
+    for name in ("a0", "a1"):
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        scores.append(results["iterations"][-1]["score"])
+        rows += lines(tmp_path / name / "iter1" / "logps.jsonl")
     numbers = json.loads(files["figures.json"])
-    two = [json.loads((tmp_path / name / "results.json").read_text())["iterations"][-1]["score"] for name in ("a0", "a1")]
-    assert numbers["dnpo-fig8-ablation"][-1] == {"runs": "DNPO", "score": near(sum(two) / 2), "std": near(abs(two[0] - two[1]) / math.sqrt(2))}
-    rows = [row for name in ("a0", "a1") for row in lines(tmp_path / name / "iter1" / "logps.jsonl")]
-    assert numbers["dnpo-fig10-log-probs-dnpo"][0]["KS generated / negative"] == ks_distance([r["new"] for r in rows], [r["negative"] for r in rows])
+    assert numbers["dnpo-fig8-ablation"][-1] == {
+        "runs": "DNPO",
+        "score": near(mean(scores)),
+        "std": near(abs(scores[0] - scores[1]) / math.sqrt(2)),
+    }
+    distance = ks_distance([row["new"] for row in rows], [row["negative"] for row in rows])
+    log_probs = numbers["dnpo-fig10-log-probs-dnpo"][0]
+    assert log_probs["KS generated / negative"] == distance
     assert "KS generated / negative" in capsys.readouterr().out
+
     (tmp_path / "s0" / "iter2" / "logps.jsonl").unlink()
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, evaluate, "--figures", tmp_path / "s0", "--out", tmp_path / "one")
-    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {tmp_path}/s0/iter2/logps.jsonl: no such file; a figure needs what the run has left there\n"
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/s0/iter2/logps.jsonl: no such file; "
+        "a figure needs what the run has left there\n"
+    )
 
 
-# ---------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------- bad input
 
 
 def test_bad_input_is_one_line(world, tmp_path, monkeypatch, capsys):
@@ -510,33 +1083,75 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "long.json").write_text(json.dumps([{"instruction": "a" * 2000}]))
     (tmp_path / "half").mkdir()
     made_up(tmp_path / "odd", {"seed": 0}, {}, [])
-    sft, pairs, test = world / "sft", world / "pairs.jsonl", world / "test.jsonl"
-    for cause, *flags in (
-            ("one of --pairs, --against or --score", sft), ("not --pairs and --export", sft, "--pairs", pairs, "--export", "mt_bench"), ("which model?", "--pairs", pairs),
-            ("no-such", sft, "--no-such", 1), ("--beta must be above 0", sft, "--pairs", pairs, "--beta", 0), ("--temperature", sft, "--pairs", pairs, "--temperature", -1),
-            ("no such file", sft, "--pairs", tmp_path / "none.jsonl"), ("broken.jsonl:1: broken JSON", sft, "--pairs", tmp_path / "broken.jsonl"),
-            ("not a model", tmp_path, "--pairs", pairs), ("not a model", sft, "--pairs", pairs, "--reference", tmp_path), ("no pair left", sft, "--pairs", pairs, "--max_response", 10**6),
-            ("columns", sft, "--pairs", test), ("needs --data and --judge", sft, "--against", "annotations"), ("needs --data and --judge", sft, "--score", "--data", test),
-            ("--judge what", sft, "--score", "--data", test, "--judge", "what"), ("leaves room", sft, "--score", "--data", test, "--judge", "toy", "--max_response", 10**6),
-            ("--export needs --questions", sft, "--export", "mt_bench"), ("expected question_id, category, turns", sft, "--export", "mt_bench", "--questions", tmp_path / "q.jsonl"),
-            ("item 1: empty", sft, "--export", "alpaca_eval", "--questions", tmp_path / "empty.json"),
-            ("question 1 needs up to", sft, "--export", "alpaca_eval", "--questions", tmp_path / "long.json"), ("no finished run", "--figures", tmp_path / "half"),
-            ("not a run of", "--figures", tmp_path / "odd"), ("is a file", sft, "--pairs", pairs, "--out", pairs)):
-        monkeypatch.setattr(evaluate, "load_lm", lambda *a: pytest.fail("a model was loaded"))
+    forbid(monkeypatch, common, "load_lm", "a model was loaded")
+
+    sft = world / "sft"
+    pairs = [sft, "--pairs", world / "pairs.jsonl"]
+    score = [sft, "--score", "--data", world / "test.jsonl"]
+    mt_bench = [sft, "--export", "mt_bench"]
+    alpaca_eval = [sft, "--export", "alpaca_eval"]
+    none, broken = tmp_path / "none.jsonl", tmp_path / "broken.jsonl"
+    columns = "expected question_id, category, turns"
+    cases = [
+        ("one of --pairs, --against or --score", [sft]),
+        ("not --pairs and --export", [*pairs, "--export", "mt_bench"]),
+        ("which model?", pairs[1:]),
+        ("no-such", [sft, "--no-such", 1]),
+        ("--beta must be above 0", [*pairs, "--beta", 0]),
+        ("--temperature", [*pairs, "--temperature", -1]),
+        ("no such file", [sft, "--pairs", none]),
+        ("broken.jsonl:1: broken JSON", [sft, "--pairs", broken]),
+        ("not a model", [tmp_path, *pairs[1:]]),
+        ("not a model", [*pairs, "--reference", tmp_path]),
+        ("no pair left", [*pairs, "--max_response", 10**6]),
+        ("columns", [sft, "--pairs", world / "test.jsonl"]),
+        ("needs --data and --judge", [sft, "--against", "annotations"]),
+        ("needs --data and --judge", score),
+        ("--judge what", [*score, "--judge", "what"]),
+        ("leaves room", [*score, "--judge", "toy", "--max_response", 10**6]),
+        ("--export needs --questions", mt_bench),
+        (columns, [*mt_bench, "--questions", tmp_path / "q.jsonl"]),
+        ("item 1: empty", [*alpaca_eval, "--questions", tmp_path / "empty.json"]),
+        ("question 1 needs up to", [*alpaca_eval, "--questions", tmp_path / "long.json"]),
+        ("no finished run", ["--figures", tmp_path / "half"]),
+        ("not a run of", ["--figures", tmp_path / "odd"]),
+        ("is a file", [*pairs, "--out", world / "pairs.jsonl"]),
+    ]
+    for cause, flags in cases:
+        if "--out" not in flags:
+            flags = [*flags, "--out", tmp_path / "out"]
         with pytest.raises(SystemExit) as stop:
-            run(monkeypatch, evaluate, *flags, *([] if "--out" in flags else ["--out", tmp_path / "out"]))
+            run(monkeypatch, evaluate, *flags)
         err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and cause in err, (cause, err)
+        assert stop.value.code == 2, (cause, err)
+        assert err.startswith("error: "), (cause, err)
+        assert err.count("\n") == 1, (cause, err)
+        assert cause in err, (cause, err)
 
 
-@pytest.mark.parametrize("package,flags,advice", [("lm_eval", ["--benchmarks", "gsm8k"], "pip install 'lm_eval[hf]'"), ("matplotlib", ["--figures", "RUN"], "pip install matplotlib")])
-def test_an_absent_package_is_one_line(package, flags, advice, world, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "package,flags,advice",
+    [
+        ("lm_eval", ["MODEL", "--benchmarks", "gsm8k"], "pip install 'lm_eval[hf]'"),
+        ("matplotlib", ["--figures", "RUN"], "pip install matplotlib"),
+    ],
+)
+def test_an_absent_package_is_one_line(
+    package, flags, advice, world, tmp_path, monkeypatch, capsys
+):
     """What is missing and how to install it; exit code 2."""
-    monkeypatch.setitem(sys.modules, package, None)
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
-    folder = dnpo_run(tmp_path, "run", 0, [[1.0]] * 3)
+
+    def find_others(name, *arguments):
+        return None if name == package else find(name, *arguments)
+
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(importlib.util, "find_spec", find_others)
+    places = {"MODEL": world / "sft", "RUN": dnpo_run(tmp_path, "run", 0, [[1.0]] * 3)}
+    flags = [places.get(flag, flag) for flag in flags]
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, evaluate, *([world / "sft"] if package == "lm_eval" else []), *(folder if x == "RUN" else x for x in flags), "--out", tmp_path / "out")
+        run(monkeypatch, evaluate, *flags, "--out", tmp_path / "out")
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and advice in err
+    assert stop.value.code == 2
+    assert err.count("\n") == 1
+    assert advice in err

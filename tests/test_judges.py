@@ -1,4 +1,8 @@
-"""A judge's answer is a score only if it could be read, is asked in both orders, paid for once, and never invented."""
+"""A judge's answer is a score only if it could be read, is asked in both orders, and paid for once.
+
+It is never invented.
+"""
+
 import contextlib
 import json
 import sys
@@ -15,29 +19,77 @@ import generate
 import toy
 from common import Judge, TextJudge, make_judge, read_score, read_verdict
 
-user = lambda text: [{"role": "user", "content": text}]
+
+def user(text: str) -> list[dict]:
+    """A prompt of one turn."""
+    return [{"role": "user", "content": text}]
+
+
+def toy_judge() -> Judge:
+    return make_judge("toy", None, exact=toy.score)
 
 
 # ---------------------------------------------------------------- reading
 
 
-@pytest.mark.parametrize("text, score", [
-    ("Rating: [[7]]", 7), ("Rating: [[10]]", 10), ("Rating: [[1]]", 1), ("Rating: [[ 8 ]]", 8), ("Rating: [[7.5]]", 7.5), ("[[3]] it is.\nThank you!", 3),
-    ("The scale is [[1]] to [[10]]; Rating: [[7]]", 7), ("Rating: [[4]]. On reflection, Rating: [[6]]", 6), ("Rating: [[7]] of 10", 7),
-    ("", None), ("I can't rate this response.", None), ("Rating: 7", None), ("Rating: [7]", None), ("Rating: [[n]]", None), ("Rating: [[seven]]", None),
-    ("Rating: [[7/10]]", None), ("Rating: [[]]", None), ("Rating: [[0]]", None), ("Rating: [[11]]", None), ("Rating: [[100]]", None), ("Rating: [[-5]]", None),
-    ("Rating: [[10.5]]", None), ("Rating: [[7", None), ("From [[1]] to [[10]], I give it [[12]]", None), ("Verdict: [[A]]", None)])
+@pytest.mark.parametrize(
+    "text, score",
+    [
+        ("Rating: [[7]]", 7),
+        ("Rating: [[10]]", 10),
+        ("Rating: [[1]]", 1),
+        ("Rating: [[ 8 ]]", 8),
+        ("Rating: [[7.5]]", 7.5),
+        ("[[3]] it is.\nThank you!", 3),
+        ("The scale is [[1]] to [[10]]; Rating: [[7]]", 7),
+        ("Rating: [[4]]. On reflection, Rating: [[6]]", 6),
+        ("Rating: [[7]] of 10", 7),
+        ("", None),
+        ("I can't rate this response.", None),
+        ("Rating: 7", None),
+        ("Rating: [7]", None),
+        ("Rating: [[n]]", None),
+        ("Rating: [[seven]]", None),
+        ("Rating: [[7/10]]", None),
+        ("Rating: [[]]", None),
+        ("Rating: [[0]]", None),
+        ("Rating: [[11]]", None),
+        ("Rating: [[100]]", None),
+        ("Rating: [[-5]]", None),
+        ("Rating: [[10.5]]", None),
+        ("Rating: [[7", None),
+        ("From [[1]] to [[10]], I give it [[12]]", None),
+        ("Verdict: [[A]]", None),
+    ],
+)
 def test_a_score_is_the_last_one_in_double_brackets(text, score):
-    """The last [[n]] with 1 <= n <= 10; what can't be read, or is off the scale, is None and never a default."""
+    """The last [[n]] if 1 <= n <= 10; what can't be read, or is off the scale, is None."""
     assert read_score(text) == score
 
 
-@pytest.mark.parametrize("text, verdict", [
-    ("Verdict: [[A]]", "A"), ("Verdict: [[B]]", "B"), ("Verdict: [[tie]]", "tie"), ("Verdict: [[Tie]]", "tie"), ("Verdict: [[TIE]]", "tie"),
-    ("Verdict: [[b]]", "B"), ("Verdict: [[ A ]]", "A"), ("I choose between [[A]], [[B]] and [[tie]]. Verdict: [[A]]", "A"),
-    ("At first [[A]], but then: Verdict: [[B]]", "B"), ("", None), ("Both are bad.", None), ("Verdict: A", None), ("Verdict: [A]", None),
-    ("Verdict: [[C]]", None), ("Verdict: [[A or B]]", None),
-    ("Verdict: [[A", None), ("Rating: [[7]]", None), ("I'm sorry, I can't compare these.", None)])
+@pytest.mark.parametrize(
+    "text, verdict",
+    [
+        ("Verdict: [[A]]", "A"),
+        ("Verdict: [[B]]", "B"),
+        ("Verdict: [[tie]]", "tie"),
+        ("Verdict: [[Tie]]", "tie"),
+        ("Verdict: [[TIE]]", "tie"),
+        ("Verdict: [[b]]", "B"),
+        ("Verdict: [[ A ]]", "A"),
+        ("I choose between [[A]], [[B]] and [[tie]]. Verdict: [[A]]", "A"),
+        ("At first [[A]], but then: Verdict: [[B]]", "B"),
+        ("", None),
+        ("Both are bad.", None),
+        ("Verdict: A", None),
+        ("Verdict: [A]", None),
+        ("Verdict: [[C]]", None),
+        ("Verdict: [[A or B]]", None),
+        ("Verdict: [[A", None),
+        ("Rating: [[7]]", None),
+        ("I'm sorry, I can't compare these.", None),
+    ],
+)
 def test_a_verdict_is_the_last_one_in_double_brackets(text, verdict):
     """The last [[A]], [[B]] or [[tie]], in any case; else None."""
     assert read_verdict(text) == verdict
@@ -46,73 +98,159 @@ def test_a_verdict_is_the_last_one_in_double_brackets(text, verdict):
 # ---------------------------------------------------------------- what all judges share
 
 
-@pytest.mark.parametrize("answer, score", [("abc", 10), ("cab", 0), ("acb", 10 / 3), ("abcd", 7.5), ("ab", 20 / 3), ("", 0), ("abd", 20 / 3), ("aabc", 2.5)])
+@pytest.mark.parametrize(
+    "answer, score",
+    [
+        ("abc", 10),
+        ("cab", 0),
+        ("acb", 10 / 3),
+        ("abcd", 7.5),
+        ("ab", 20 / 3),
+        ("", 0),
+        ("abd", 20 / 3),
+        ("aabc", 2.5),
+    ],
+)
 def test_the_toy_judge_is_exact(answer, score):
-    """Ten times the share of positions at which the answer to "cab" is "abc", over the longer of both; no folder is needed."""
-    talk = [{"role": "user", "content": "pon"}, {"role": "assistant", "content": "nop"}, *user("cab")]  # the last turn is the question
-    assert make_judge("toy", None).score([(talk, answer)]) == [pytest.approx(score)]
+    """10 x the share of positions at which the answer to "cab" is "abc", over the longer of both.
+
+    The last turn is the question, and no folder is needed.
+    """
+    before = [{"role": "user", "content": "pon"}, {"role": "assistant", "content": "nop"}]
+    talk = [*before, *user("cab")]
+    assert toy_judge().score([(talk, answer)]) == [pytest.approx(score)]
 
 
 def test_the_toy_judge_prefers_the_better_number_in_any_order():
     """Numbers need no second order: better wins, equal is a tie."""
     p = user("cab")
-    assert make_judge("toy", None).compare([(p, "abc", "cab"), (p, "cab", "abc"), (p, "bca", "cab"), (p, "abc", "abc")]) == ["A", "B", "tie", "tie"]
+    items = [(p, "abc", "cab"), (p, "cab", "abc"), (p, "bca", "cab"), (p, "abc", "abc")]
+    assert toy_judge().compare(items) == ["A", "B", "tie", "tie"]
+
+
+def test_the_toy_judge_asks_the_function_that_it_was_given(tmp_path):
+    """It gets the last turn's text and the answer; it is exact and instant: no file is kept."""
+    asked = []
+
+    def exact(prompt, answer):
+        asked.append((prompt, answer))
+        return 4.5
+
+    judge = make_judge("toy", tmp_path / "judge", exact=exact)
+    assert judge.score([(user("a") + user("b"), "x"), (user("c"), "y")]) == [4.5, 4.5]
+    assert asked == [("b", "x"), ("c", "y")]
+    assert not (tmp_path / "judge").exists()
 
 
 class Fake(Judge):
-    """Answers by a function of (kind, prompt text, texts, how often this item was asked before) and remembers what it was asked."""
+    """Answers by a function, and remembers what it was asked.
+
+    The function gets the kind, the prompt's text, the texts to judge, and how often the same was
+    asked before.
+    """
 
     def __init__(self, answer, cache=None, spec="fake"):
         super().__init__(spec, cache)
-        self.answer, self.calls, self.times, self.again = answer, [], Counter(), []
+        self.answer = answer
+        self.calls = []
+        self.times = Counter()
+        self.again = []
 
     def ask(self, kind, items, again):
-        out = []
+        values = []
         for prompt, *texts in items:
-            question = prompt[-1]["content"], *texts
-            out.append(self.answer(kind, *question[:1], question[1:], self.times[question]))
+            text = prompt[-1]["content"]
+            question = (text, *texts)
+            values.append(self.answer(kind, text, tuple(texts), self.times[question]))
             self.times[question] += 1
             self.calls.append(question)
             self.again.append(again)
-        return out
+        return values
+
+
+def always(value):
+    """A Fake's function that says the same to everything."""
+
+    def answer(kind, prompt, texts, times):
+        return value
+
+    return answer
+
+
+def never(kind, prompt, texts, times):
+    """A Fake's function that must not be asked."""
+    pytest.fail("asked again")
 
 
 def test_a_judge_that_always_says_a_gives_only_ties():
     """Both orders are asked, once each, and a verdict that follows the order is none."""
-    for always in "AB":
-        judge = Fake(lambda *_: always)
+    for letter in "AB":
+        judge = Fake(always(letter))
         assert judge.compare([(user("p"), "x", "y"), (user("q"), "x", "y")]) == ["tie", "tie"]
-        assert Counter(judge.calls) == {("p", "x", "y"): 1, ("p", "y", "x"): 1, ("q", "x", "y"): 1, ("q", "y", "x"): 1}
+        questions = [("p", "x", "y"), ("p", "y", "x"), ("q", "x", "y"), ("q", "y", "x")]
+        assert Counter(judge.calls) == dict.fromkeys(questions, 1)
 
 
 def test_a_consistent_judge_gives_its_verdict():
-    """Longer wins in both orders: its verdict is about the answers, whichever stands first. A tie in both is a tie, in one of them too."""
-    longer = lambda kind, prompt, texts, _: "A" if len(texts[0]) > len(texts[1]) else "B" if len(texts[1]) > len(texts[0]) else "tie"
+    """The same answer in both orders is a verdict; a tie in one order, or in both, is a tie."""
+
+    def longer(kind, prompt, texts, times):
+        first, second = map(len, texts)
+        if first == second:
+            return "tie"
+        return "A" if first > second else "B"
+
+    def x_first(kind, prompt, texts, times):
+        return "A" if texts[0] == "x" else "tie"
+
     p = user("p")
-    assert Fake(longer).compare([(p, "long", "s"), (p, "s", "long"), (p, "aa", "bb")]) == ["A", "B", "tie"]
-    assert Fake(lambda kind, prompt, texts, _: "A" if texts[0] == "x" else "tie").compare([(p, "x", "y"), (p, "y", "x")]) == ["tie", "tie"]
+    items = [(p, "long", "s"), (p, "s", "long"), (p, "aa", "bb")]
+    assert Fake(longer).compare(items) == ["A", "B", "tie"]
+    assert Fake(x_first).compare([(p, "x", "y"), (p, "y", "x")]) == ["tie", "tie"]
 
 
 def test_a_verdict_that_cannot_be_read_in_one_order_stays_none():
     """None in either order, or both, is None: not a tie, not the other order's verdict."""
     p = user("p")
     for unreadable in ({("x", "y")}, {("y", "x")}, {("x", "y"), ("y", "x")}):
-        judge = Fake(lambda kind, prompt, texts, _: None if texts in unreadable else "A" if texts[0] in "xv" else "B")
-        assert judge.compare([(p, "x", "y"), (p, "v", "w")]) == [None, "A"]
+
+        def answer(kind, prompt, texts, times, unreadable=unreadable):
+            if texts in unreadable:
+                return None
+            return "A" if texts[0] in "xv" else "B"
+
+        assert Fake(answer).compare([(p, "x", "y"), (p, "v", "w")]) == [None, "A"]
 
 
 def test_an_unreadable_answer_is_asked_once_more_and_never_again():
-    """Readable at the second time: that is the score. Not even then: None after two questions, with again=True for the second."""
-    judge = Fake(lambda kind, prompt, texts, times: {"first": 5.0, "second": 6.0 if times else None, "never": None}[prompt])
-    assert judge.score([(user(p), "y") for p in ("never", "first", "second")]) == [None, 5.0, 6.0]
-    assert judge.calls == [("never", "y"), ("first", "y"), ("second", "y"), ("never", "y"), ("second", "y")] and judge.again == [False] * 3 + [True] * 2
+    """Readable at the second time, with again=True: that is the score. Not even then: None."""
+
+    def answer(kind, prompt, texts, times):
+        if prompt == "first":
+            return 5.0
+        if prompt == "second" and times > 0:
+            return 6.0
+        return None
+
+    judge = Fake(answer)
+    items = [(user(prompt), "y") for prompt in ("never", "first", "second")]
+    assert judge.score(items) == [None, 5.0, 6.0]
+    first = [("never", "y"), ("first", "y"), ("second", "y")]
+    second = [("never", "y"), ("second", "y")]
+    assert judge.calls == first + second
+    assert judge.again == [False] * 3 + [True] * 2
 
 
 def test_the_same_question_is_asked_once():
-    """Repeated items of one call, and of later ones, share one answer; scores and comparisons don't."""
-    judge = Fake(lambda kind, *_: 3.0 if kind == "score" else "tie")
+    """Repeated items of one call, and of later ones, share one answer; other kinds don't."""
+
+    def answer(kind, prompt, texts, times):
+        return 3.0 if kind == "score" else "tie"
+
+    judge = Fake(answer)
     item = user("p"), "y"
-    assert judge.score([item, item, (user("p"), "z"), item]) == [3.0] * 4 and judge.score([item]) == [3.0]
+    assert judge.score([item, item, (user("p"), "z"), item]) == [3.0] * 4
+    assert judge.score([item]) == [3.0]
     assert judge.calls == [("p", "y"), ("p", "z")]
     assert judge.compare([(user("p"), "y", "y")]) == ["tie"]
 
@@ -122,58 +260,90 @@ def test_the_same_question_is_asked_once():
 
 def test_a_second_judge_on_the_same_folder_asks_nothing(tmp_path):
     """Scores and verdicts (both orders) are read back as they were, in any order of the items."""
+
+    def answer(kind, prompt, texts, times):
+        if kind == "score":
+            return 2.5
+        return "A" if texts[0] == "x" else "B"
+
     p, q = user("p"), user("q")
-    first = Fake(lambda kind, prompt, texts, _: 2.5 if kind == "score" else "A" if texts[0] == "x" else "B", tmp_path / "judge")
-    assert first.score([(p, "x"), (q, "y")]) == [2.5, 2.5] and first.compare([(p, "x", "y")]) == ["A"]
-    second = Fake(lambda *_: pytest.fail("asked again"), tmp_path / "judge")
-    assert second.score([(q, "y"), (p, "x")]) == [2.5, 2.5] and second.compare([(p, "x", "y"), (p, "y", "x")]) == ["A", "B"]
+    first = Fake(answer, tmp_path / "judge")
+    assert first.score([(p, "x"), (q, "y")]) == [2.5, 2.5]
+    assert first.compare([(p, "x", "y")]) == ["A"]
+
+    second = Fake(never, tmp_path / "judge")
+    assert second.score([(q, "y"), (p, "x")]) == [2.5, 2.5]
+    assert second.compare([(p, "x", "y"), (p, "y", "x")]) == ["A", "B"]
     assert second.calls == []
 
 
 def test_another_judge_other_text_or_other_prompt_is_another_question(tmp_path):
     """What is cached belongs to judge, prompt and texts."""
-    Fake(lambda *_: 2.0, tmp_path).score([(user("p"), "x")])
-    other, same = Fake(lambda *_: 9.0, tmp_path, spec="other"), Fake(lambda *_: 9.0, tmp_path)
-    assert other.score([(user("p"), "x")]) == [9.0]
-    assert same.score([(user("p"), "x"), (user("q"), "x"), (user("p"), "y"), (user("p") + user("p"), "x")]) == [2.0, 9.0, 9.0, 9.0]
+    p, q = user("p"), user("q")
+    Fake(always(2.0), tmp_path).score([(p, "x")])
+    other, same = Fake(always(9.0), tmp_path, spec="other"), Fake(always(9.0), tmp_path)
+    assert other.score([(p, "x")]) == [9.0]
+    items = [(p, "x"), (q, "x"), (p, "y"), (p + p, "x")]
+    assert same.score(items) == [2.0, 9.0, 9.0, 9.0]
 
 
 def test_what_cannot_be_read_is_not_cached(tmp_path):
     """Only successes are kept: a later judge asks the unreadable ones again, and these only."""
+
+    def answer(kind, prompt, texts, times):
+        return 4.0 if texts == ("good",) else None
+
     items = [(user("p"), text) for text in ("good", "bad")]
-    assert Fake(lambda kind, prompt, texts, _: 4.0 if texts == ("good",) else None, tmp_path).score(items) == [4.0, None]
+    assert Fake(answer, tmp_path).score(items) == [4.0, None]
     assert "null" not in "".join(file.read_text() for file in tmp_path.iterdir())
-    later = Fake(lambda *_: 8.0, tmp_path)
-    assert later.score(items) == [4.0, 8.0] and later.calls == [("p", "bad")]
+    later = Fake(always(8.0), tmp_path)
+    assert later.score(items) == [4.0, 8.0]
+    assert later.calls == [("p", "bad")]
 
 
 def test_a_torn_line_of_the_cache_is_ignored(tmp_path):
-    """A kill in the middle of writing costs the torn line's answers, not the others, and not what is written after it."""
-    Fake(lambda *_: 1.0, tmp_path).score([(user("p"), "a")])
-    Fake(lambda *_: 2.0, tmp_path).score([(user("p"), "b")])
-    file, = tmp_path.iterdir()
+    """A kill while writing costs the torn line's answers, not the others, nor later ones."""
+    a, b = (user("p"), "a"), (user("p"), "b")
+    Fake(always(1.0), tmp_path).score([a])
+    Fake(always(2.0), tmp_path).score([b])
+    [file] = tmp_path.iterdir()
     file.write_bytes(file.read_bytes().rstrip()[:-3])  # tears the last line, the one of "b"
-    third = Fake(lambda *_: 3.0, tmp_path)
-    assert third.score([(user("p"), "a"), (user("p"), "b")]) == [1.0, 3.0] and third.calls == [("p", "b")]
+    third = Fake(always(3.0), tmp_path)
+    assert third.score([a, b]) == [1.0, 3.0]
+    assert third.calls == [("p", "b")]
+
     file.write_bytes(file.read_bytes() + b'{"\xe2\x82')  # in the middle of a character, too
-    assert Fake(lambda *_: pytest.fail("asked again"), tmp_path).score([(user("p"), "a"), (user("p"), "b")]) == [1.0, 3.0]
+    assert Fake(never, tmp_path).score([a, b]) == [1.0, 3.0]
 
 
 def test_more_than_a_fifth_unreadable_ends_the_run(tmp_path, capsys):
-    """4 of 20 go on; the 5th ends the program with the counts. What could be read is kept all the same, so that nothing is paid twice."""
-    judge = Fake(lambda kind, prompt, texts, _: None if int(prompt) < 5 else 7.0, tmp_path)
+    """4 of 20 go on; the 5th ends the program with the counts.
+
+    What could be read is kept all the same, so that nothing is paid for twice.
+    """
+
+    def answer(kind, prompt, texts, times):
+        return None if int(prompt) < 5 else 7.0
+
     items = [(user(str(i)), "y") for i in range(30)]
-    assert judge.score(items[1:21]) == [None] * 4 + [7.0] * 16
+    assert Fake(answer, tmp_path).score(items[1:21]) == [None] * 4 + [7.0] * 16
     with pytest.raises(SystemExit) as end:
-        Fake(judge.answer, tmp_path / "other").score(items[:20])
+        Fake(answer, tmp_path / "other").score(items[:20])
     message = str(end.value.code)
-    assert "5 of 20" in message and "fake" in message and "could not be read" in message and "\n" not in message
-    assert Fake(lambda *_: 0.0, tmp_path / "other").score(items[5:20]) == [7.0] * 15
+    assert "5 of 20" in message
+    assert "fake" in message
+    assert "could not be read" in message
+    assert "\n" not in message
+    assert Fake(always(0.0), tmp_path / "other").score(items[5:20]) == [7.0] * 15
 
 
 def test_the_share_of_unreadable_answers_is_counted_over_the_whole_run(tmp_path):
-    """A batch of one unreadable answer alone ends nothing, few among many neither; many batches with a third of them do."""
-    judge = Fake(lambda kind, prompt, texts, _: None if int(prompt) % 3 == 0 else 7.0)
+    """One unreadable answer alone ends nothing, few among many neither; a third of many do."""
+
+    def answer(kind, prompt, texts, times):
+        return None if int(prompt) % 3 == 0 else 7.0
+
+    judge = Fake(answer)
     assert judge.score([(user("0"), "y")]) == [None]
     with pytest.raises(SystemExit):
         for i in range(1, 100):
@@ -184,48 +354,77 @@ def test_the_share_of_unreadable_answers_is_counted_over_the_whole_run(tmp_path)
 # ---------------------------------------------------------------- rm:PATH, a reward model
 
 
-def reward_model(folder, outputs):
+def reward_model(folder, outputs: int):
+    """A random reward model, saved in the folder."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
+
     torch.manual_seed(0)
     tok = toy.tokenizer()
-    config = LlamaConfig(vocab_size=len(tok), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128,
-                         bos_token_id=1, eos_token_id=2, pad_token_id=0, num_labels=outputs, initializer_range=0.5)
+    config = LlamaConfig(
+        vocab_size=len(tok),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        num_labels=outputs,
+        initializer_range=0.5,
+    )
     model = LlamaForSequenceClassification(config).eval()
-    model.save_pretrained(folder), tok.save_pretrained(folder)
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
     return model
 
 
 def test_a_reward_is_the_models_output_at_the_end_of_the_conversation(tmp_path):
-    """The head applied to the last hidden state of <bos><|user|>cab<|assistant|>abc<eos>, whatever else is scored with it."""
+    """The head on the last hidden state of <bos><|user|>cab<|assistant|>abc<eos>.
+
+    It is the same whatever else is scored with it.
+    """
     model = reward_model(tmp_path / "rm", 1)
-    direct = lambda ids: model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item()
+
+    def direct(answer: list[int]) -> float:
+        ids = [1, 4, 9, 7, 8, 5, *answer, 2]  # of the toy tokenizer: a is 7, b is 8, c is 9
+        states = model.model(torch.tensor([ids])).last_hidden_state
+        return model.score(states[0, -1]).item()
+
     with torch.no_grad():
-        right, wrong = direct([1, 4, 9, 7, 8, 5, 7, 8, 9, 2]), direct([1, 4, 9, 7, 8, 5, 9, 2])  # ids of the toy tokenizer: a is 7
+        right, wrong, other = direct([7, 8, 9]), direct([9]), direct([8])
     assert abs(right - wrong) > 0.01
+
     judge, p = make_judge(f"rm:{tmp_path / 'rm'}", tmp_path / "cache"), user("cab")
     assert judge.score([(p, "abc"), (p, "c")]) == pytest.approx([right, wrong], abs=1e-5)
     assert judge.score([(p, "c")]) == pytest.approx([wrong], abs=1e-5)
-    assert judge.compare([(p, "abc", "c"), (p, "c", "abc"), (p, "c", "c")]) == (["A", "B", "tie"] if right > wrong else ["B", "A", "tie"])
+    verdicts = ["A", "B", "tie"] if right > wrong else ["B", "A", "tie"]
+    assert judge.compare([(p, "abc", "c"), (p, "c", "abc"), (p, "c", "c")]) == verdicts
     assert judge.full is None  # a reward has no best mark
     judge.free()
-    assert judge.score([(p, "b")]) == pytest.approx([direct([1, 4, 9, 7, 8, 5, 8, 2])], abs=1e-5)
+    assert judge.score([(p, "b")]) == pytest.approx([other], abs=1e-5)
 
 
 def test_a_model_with_two_outputs_is_no_reward_model(tmp_path, capsys):
-    """num_labels = 2, also what a language model has, is refused in one line before weights are read."""
-    reward_model(tmp_path / "two", 2)
-    (tmp_path / "two" / "model.safetensors").unlink()
+    """num_labels = 2, a model's default, is refused in one line before weights are read."""
+    folder = tmp_path / "two"
+    reward_model(folder, 2)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(SystemExit) as end:
-        make_judge(f"rm:{tmp_path / 'two'}", None)
+        make_judge(f"rm:{folder}", None)
     line = capsys.readouterr().err
-    assert end.value.code == 2 and f"rm:{tmp_path / 'two'}" in line and "one output" in line and "2" in line and line.count("\n") == 1
+    assert end.value.code == 2
+    assert f"rm:{folder}" in line
+    assert "one output" in line
+    assert "2" in line
+    assert line.count("\n") == 1
 
 
 # ---------------------------------------------------------------- hf:PATH, a local chat model
 
 
 def test_a_model_that_cannot_judge_gives_no_number(world, tmp_path):
-    """The toy world's model answers with letters: None for scores and verdicts, nothing in the cache, and with 20 of them the run ends."""
+    """The toy world's model answers with letters: None, nothing in the cache, and the run's end."""
     judge = make_judge(f"hf:{world / 'sft'}", tmp_path)
     assert judge.score([(user("cab"), "abc"), (user("ab"), "b")]) == [None, None]
     assert judge.compare([(user("cab"), "abc", "bca")]) == [None]
@@ -235,62 +434,127 @@ def test_a_model_that_cannot_judge_gives_no_number(world, tmp_path):
         judge.score([(user("cab"), "a"), (user("cab"), "b")])
 
 
-def replaced_sample(monkeypatch, opening, answer):
-    """Replaces the model's answers by answer(the question, whose letters the toy tokenizer knows); -> the batches it was asked in."""
+ASSISTANT = 5  # the toy tokenizer's id of <|assistant|>
+FIRST_LETTER = 7
+
+
+def replaced_sample(monkeypatch, opening: str, answer) -> list[tuple[int, float]]:
+    """Replaces the model's answers by answer(question) from now on.
+
+    Of the question only the letters that the toy tokenizer knows are left, all else is a space.
+    Returns a list that gets (number of prompts, temperature) of every batch.
+    """
     batches = []
 
-    def sample(lm, tok, prompts, temperature, *_):
+    def read(ids: list[int]) -> str:
+        letters = ""
+        for i in ids:
+            letters += toy.LETTERS[i - FIRST_LETTER] if i >= FIRST_LETTER else " "
+        return letters
+
+    def sample(lm, tok, prompts, temperature, *more):
         batches.append((len(prompts), temperature))
-        out = []
+        answers = []
         for ids in prompts:
-            header = len(ids) - 1 - ids[::-1].index(5)  # the last <|assistant|>
-            letters = ["abcdefghijklmnop"[i - 7] if i >= 7 else " " for i in ids[:header]]
-            out.append((answer("".join(letters)), "stop"))
-            assert tok.decode(ids[header:], skip_special_tokens=False) == tok.decode(tok("<|assistant|>" + opening)["input_ids"])  # the answer is begun
-        return out
+            header = len(ids) - 1 - ids[::-1].index(ASSISTANT)  # the last one
+            answers.append((answer(read(ids[:header])), "stop"))
+            begun = tok("<|assistant|>" + opening)["input_ids"]  # the answer is begun
+            begun_text = tok.decode(begun)
+            assert tok.decode(ids[header:], skip_special_tokens=False) == begun_text
+        return answers
+
     monkeypatch.setattr(common, "sample", sample)
-    monkeypatch.setattr(common, "load_lm", lambda *_, **__: "a model")
+    monkeypatch.setattr(common, "load_lm", a_model)
     return batches
 
 
+def a_model(*args, **more):
+    """Stands in for load_lm where the model is never called."""
+    return "a model"
+
+
 def test_answers_of_a_local_model_come_back_in_the_items_order(world, monkeypatch):
-    """Questions are sorted by length and asked in batches of 16; the score of n letters "a" is n wherever it stood. The second try is drawn, not greedy."""
+    """Questions are sorted by length and asked 16 at a time; a second try is drawn, not greedy."""
+
+    def count_a(question):
+        number = len(question) - len(question.rstrip("a"))
+        return f"{number}]] is my rating ["
+
+    def cut(question):
+        return "7"  # "Rating: [[7" is no number
+
     lengths = [1 + 7 * i % 10 for i in range(20)]
-    batches = replaced_sample(monkeypatch, "Rating: [[", lambda text: f"{len(text) - len(text.rstrip('a'))}]] is my rating [")
+    items = [(user("cab" + "p" * i), "a" * n) for i, n in enumerate(lengths)]
+    batches = replaced_sample(monkeypatch, "Rating: [[", count_a)
     judge = make_judge(f"hf:{world / 'sft'}", None)
-    assert judge.score([(user("cab" + "p" * i), "a" * n) for i, n in enumerate(lengths)]) == lengths
+    assert judge.score(items) == lengths
     assert batches == [(16, 0.0), (4, 0.0)]
-    batches = replaced_sample(monkeypatch, "Rating: [[", lambda text: "7")  # "Rating: [[7" is cut: no number
-    assert judge.score([(user("ba"), "b")]) == [None] and batches == [(1, 0.0), (1, 1.0)]
+
+    batches = replaced_sample(monkeypatch, "Rating: [[", cut)
+    assert judge.score([(user("ba"), "b")]) == [None]
+    assert batches == [(1, 0.0), (1, 1.0)]
 
 
 def test_verdicts_of_a_local_model_are_asked_in_both_orders(world, monkeypatch):
-    """The model sees both answers under A and B: the same letter for both orders is a tie, the same answer is a verdict."""
+    """The same letter in both orders is a tie, the same answer is a verdict."""
+
+    def say_a(question):
+        return "A]]"
+
+    def against_ccc(question):
+        return "A]]" if question.endswith("ccc") else "B]]"
+
+    p = user("cab")
     judge = make_judge(f"hf:{world / 'sft'}", None)
-    replaced_sample(monkeypatch, "Verdict: [[", lambda text: "A]]")
-    assert judge.compare([(user("cab"), "abc", "bbb")]) == ["tie"]
-    replaced_sample(monkeypatch, "Verdict: [[", lambda text: "A]]" if text.endswith("ccc") else "B]]")  # against "ccc"
-    assert judge.compare([(user("cab"), "aaa", "ccc"), (user("cab"), "ccc", "aaa")]) == ["A", "B"]
+    replaced_sample(monkeypatch, "Verdict: [[", say_a)
+    assert judge.compare([(p, "abc", "bbb")]) == ["tie"]
+    replaced_sample(monkeypatch, "Verdict: [[", against_ccc)
+    assert judge.compare([(p, "aaa", "ccc"), (p, "ccc", "aaa")]) == ["A", "B"]
 
 
-def test_a_local_model_is_held_to_the_form(world, tmp_path, monkeypatch):
-    """It may say digits and brackets for a score, the letters of A, B and tie for a verdict, nothing else; what it says so may still be unreadable."""
+def save_ascii_tokenizer(folder):
+    """A tokenizer with a token for each ASCII character, whose id is its code."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
-    core = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
+
+    characters = {chr(i): i for i in range(128)}
+    core = Tokenizer(models.WordLevel(characters, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=chr(3), unk_token="?")
     tok.chat_template = "{{ messages[0]['content'] }}"
-    tok.save_pretrained(tmp_path), LlamaConfig(vocab_size=128).save_pretrained(tmp_path)
+    tok.save_pretrained(folder)
+    LlamaConfig(vocab_size=128).save_pretrained(folder)
+
+
+def test_a_local_model_is_held_to_the_form(world, tmp_path, monkeypatch):
+    """It may say digits and brackets for a score, the letters of A, B and tie for a verdict.
+
+    What it says so may still be unreadable.
+    """
+    save_ascii_tokenizer(tmp_path)
     judge, allowed = make_judge(f"hf:{tmp_path}", None), []
-    monkeypatch.setattr(common, "load_lm", lambda *_, **__: "a model")
-    monkeypatch.setattr(common, "sample", lambda lm, tok, prompts, *how: allowed.append("".join(map(chr, how[-1]))) or [("1]]", "length")] * len(prompts))
-    assert judge.score([(user("p"), "y")]) == [1] and judge.compare([(user("p"), "x", "y")]) == [None]
-    assert set(allowed[0]) == set("0123456789]") and set(allowed[1]) == set("ABtie]")
-    monkeypatch.undo()
-    lm, toy_tok = common.load_lm(str(world / "sft"), torch.float32, "cpu"), toy.tokenizer()
-    free, held = (common.sample(lm, toy_tok, [[1, 4, 9, 7, 8, 5]] * 4, 1.0, 12, 0, ids) for ids in (None, [15, 16]))  # "cab"; i and j
-    assert all(set(text) == set("ij") and finish == "length" for text, finish in held) and not any(set(text) <= set("ij") for text, _ in free)
+
+    def sample(lm, tok, prompts, *how):
+        allowed.append("".join(map(chr, how[-1])))
+        return [("1]]", "length")] * len(prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "load_lm", a_model)
+        patch.setattr(common, "sample", sample)
+        assert judge.score([(user("p"), "y")]) == [1]
+        assert judge.compare([(user("p"), "x", "y")]) == [None]
+    assert set(allowed[0]) == set("0123456789]")
+    assert set(allowed[1]) == set("ABtie]")
+
+    lm, tok = common.load_lm(str(world / "sft"), torch.float32, "cpu"), toy.tokenizer()
+    prompts = [[1, 4, 9, 7, 8, 5]] * 4  # "cab"
+    free = common.sample(lm, tok, prompts, 1.0, 12, 0, None)
+    held = common.sample(lm, tok, prompts, 1.0, 12, 0, [15, 16])  # i and j
+    for text, finish in held:
+        assert set(text) == set("ij")
+        assert finish == "length"
+    for text, _ in free:
+        assert not set(text) <= set("ij")
 
 
 class Words(TextJudge):
@@ -302,32 +566,60 @@ class Words(TextJudge):
 
 
 def test_the_question_shows_prompt_and_answers_as_they_are():
-    """Braces and brackets in texts stay; A and B stand in their places; earlier turns are shown with their roles."""
+    """Braces and brackets in texts stay; A and B have their places; earlier turns their roles."""
     judge = Words("words", None)
     assert judge.score([(user("sort {b} {a}"), "{a} [[9]] {prompt}")]) == [7.0]
-    assert judge.questions[0].endswith("[Instruction]\nsort {b} {a}\n\n[Response]\n{a} [[9]] {prompt}") and "Rating: [[n]]" in judge.questions[0]
-    talk = [{"role": "system", "content": "s"}, *user("a"), {"role": "assistant", "content": "b"}, *user("c")]
-    judge.compare([(talk, "first", "second")])
-    assert judge.questions[0].endswith("[Instruction]\nsystem: s\n\nuser: a\n\nassistant: b\n\nuser: c\n\n[Response A]\nsecond\n\n[Response B]\nfirst")
+    [question] = judge.questions
+    assert question.endswith("[Instruction]\nsort {b} {a}\n\n[Response]\n{a} [[9]] {prompt}")
+    assert "Rating: [[n]]" in question
+
+    talk = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    judge.compare([(talk, "first", "second")])  # and then in the other order
+    assert judge.questions[0].endswith(
+        "[Instruction]\nsystem: s\n\nuser: a\n\nassistant: b\n\nuser: c"
+        "\n\n[Response A]\nsecond\n\n[Response B]\nfirst"
+    )
 
 
-# ---------------------------------------------------------------- api:MODEL and generate.py --endpoint
+# ---------------------------------------------------------------- api:MODEL, an endpoint
 
 
-def answer(text, finish="stop"):
-    return {"id": "1", "object": "chat.completion", "choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}]}
+def completion(text: str | None, finish: str = "stop") -> dict:
+    """A server's body with one answer."""
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "finish_reason": finish, "message": message}
+    return {"id": "1", "object": "chat.completion", "choices": [choice]}
 
 
 class Server(ThreadingHTTPServer):
-    """An OpenAI-compatible endpoint on loopback. reply(question, n) -> what the n-th request (from 0) with this last message is answered with:
-    a text, a status code, "<hang>", "<broken>", or a whole body as a dict."""
-    daemon_threads, request_queue_size = True, 64
+    """An OpenAI-compatible endpoint on loopback.
+
+    reply(question, n) is what the n-th request (from 0) with this last message is answered with: a
+    text, a status code, "<hang>", "<broken>", or a whole body as a dict. models: the status code of
+    the list of models.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self, reply, models=200):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.reply, self.models, self.lock = reply, models, threading.Lock()
-        self.bodies, self.keys, self.times, self.now, self.most = [], set(), Counter(), 0, 0  # what was asked, and how many at once
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        self.reply = reply
+        self.models = models
+        self.lock = threading.Lock()
+        # what was asked
+        self.bodies = []
+        self.keys = set()
+        self.times = Counter()
+        # how many requests there are at once
+        self.now = 0
+        self.most = 0
 
     def handle_error(self, request, address):
         """The client hung up: that is what a time-out is."""
@@ -339,9 +631,10 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def send(self, status, body, **headers):
+    def send(self, status: int, body: bytes, **more):
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **more}
         self.send_response(status)
-        for name, value in ({"Content-Type": "application/json", "Content-Length": str(len(body))} | headers).items():
+        for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(body)
@@ -352,13 +645,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         assert self.path == "/v1/chat/completions"
-        body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"]
         with server.lock:
-            question = body["messages"][-1]["content"]
-            n, server.times[question] = server.times[question], server.times[question] + 1
-            server.bodies.append(body), server.keys.add(self.headers["Authorization"])
+            n = server.times[question]
+            server.times[question] += 1
+            server.bodies.append(body)
+            server.keys.add(self.headers["Authorization"])
             server.now += 1
             server.most = max(server.most, server.now)
+
         reply = server.reply(question, n)
         time.sleep(3 if reply == "<hang>" else 0.03)
         with server.lock:
@@ -367,114 +664,224 @@ class Handler(BaseHTTPRequestHandler):
             self.send(reply, b'{"error": {"message": "not now"}}', Retry_After="0")
         elif reply == "<broken>":
             self.send(200, b'{"choices": [{"mess')
+        elif isinstance(reply, dict):
+            self.send(200, json.dumps(reply).encode())
         else:
-            self.send(200, json.dumps(reply if isinstance(reply, dict) else answer(reply)).encode())
+            self.send(200, json.dumps(completion(reply)).encode())
 
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(reply) starts a server, points OPENAI_BASE_URL at it, and makes time-outs short and back-off quick."""
+    """serve(reply) starts a server and points OPENAI_BASE_URL at it.
+
+    Time-outs are short, and the client is quick to try again.
+    """
     openai = pytest.importorskip("openai")
-    monkeypatch.setattr(common, "API_TIMEOUT", 1), monkeypatch.setattr(common, "API_RETRIES", 4)
+    monkeypatch.setattr(common, "API_TIMEOUT", 1)
+    monkeypatch.setattr(common, "API_RETRIES", 4)
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01, raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret"), monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with contextlib.ExitStack() as servers:
+
         def start(reply, models=200):
             server = Server(reply, models)
             threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-            servers.callback(server.server_close), servers.callback(server.shutdown)
+            servers.callback(server.server_close)
+            servers.callback(server.shutdown)
             monkeypatch.setenv("OPENAI_BASE_URL", server.url)
             return server
+
         yield start
 
 
-def response_of(question):
+def say(text):
+    """A Server's function that says the same to everything."""
+
+    def reply(question, n):
+        return text
+
+    return reply
+
+
+def response_of(question: str) -> str:
+    """The response that a judge is asked to score."""
     return question.rsplit("[Response]\n", 1)[1]
 
 
-BAD_DAY = {"bad day": [429, 500, "<hang>", "<broken>", "The scale is [[1]] to [[10]]; Rating: [[7]]"], "refusal": ["I can't rate this.", "Rating: [[4]]"],
-           "bodies": [{"choices": []}, {"error": "x"}, {"choices": None}, "Rating: [[2]]"], "silent": [answer(None), answer("")], "good": ["Rating: [[9]]"]}
+def times_by_response(server: Server) -> dict[str, int]:
+    """How often the score of each response was asked for."""
+    return {response_of(question): n for question, n in server.times.items()}
+
+
+def body_without_messages(body: dict) -> dict:
+    return {name: value for name, value in body.items() if name != "messages"}
+
+
+def all_text(folder) -> str:
+    """The text of every file below a folder."""
+    return "".join(path.read_text() for path in folder.rglob("*") if path.is_file())
+
+
+SCALE_AND_SCORE = "The scale is [[1]] to [[10]]; Rating: [[7]]"
+BAD_DAY = {  # response: what the server says to each request for its score
+    "bad day": [429, 500, "<hang>", "<broken>", SCALE_AND_SCORE],
+    "refusal": ["I can't rate this.", "Rating: [[4]]"],
+    "bodies": [{"choices": []}, {"error": "x"}, {"choices": None}, "Rating: [[2]]"],
+    "silent": [completion(None), completion("")],
+    "good": ["Rating: [[9]]"],
+}
 
 
 def test_an_endpoint_with_a_bad_day_gives_the_right_scores_in_the_end(serve, tmp_path, capfd):
-    """429, 500, a hang and broken JSON, then a score: 7, after 5 requests; what is unreadable twice is None; started again, only that is asked."""
-    server = serve(lambda question, n: BAD_DAY[response_of(question)][n])
+    """Faults are tried again up to a score; what is unreadable twice is None.
+
+    Started again, only that is asked, and the key is shown nowhere.
+    """
+
+    def reply(question, n):
+        return BAD_DAY[response_of(question)][n]
+
+    server = serve(reply)
     items = [(user("p"), text) for text in BAD_DAY]
     assert make_judge("api:m", tmp_path).score(items) == [7, 4, 2, None, 9]
-    assert {response_of(question): n for question, n in server.times.items()} == {text: len(replies) for text, replies in BAD_DAY.items()}
-    again, first = serve(lambda question, n: "Rating: [[5]]"), len(server.bodies)
+    assert times_by_response(server) == {text: len(replies) for text, replies in BAD_DAY.items()}
+
+    asked_before = len(server.bodies)
+    again = serve(say("Rating: [[5]]"))
     assert make_judge("api:m", tmp_path).score(items) == [7, 4, 2, 5, 9]
-    assert [response_of(question) for question in again.times] == ["silent"] and len(server.bodies) == first
-    assert make_judge("api:m", tmp_path).score(items) == [7, 4, 2, 5, 9] and len(again.bodies) == 1
-    shown = "".join(capfd.readouterr()) + "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
-    assert server.keys == {"Bearer sk-secret"} and "sk-secret" not in shown
+    assert [response_of(question) for question in again.times] == ["silent"]
+    assert len(server.bodies) == asked_before
+    assert make_judge("api:m", tmp_path).score(items) == [7, 4, 2, 5, 9]
+    assert len(again.bodies) == 1
+
+    shown = "".join(capfd.readouterr()) + all_text(tmp_path)
+    assert server.keys == {"Bearer sk-secret"}
+    assert "sk-secret" not in shown
 
 
 def test_the_request_names_the_model_and_shows_the_question(serve):
-    """model as it was given, one user message with prompt and answer, temperature 0; no limit that some models refuse."""
-    server = serve(lambda question, n: "Verdict: [[A]]" if "Response A" in question else "Rating: [[6]]")
+    """The model as it was given, one user message with prompt and answer, temperature 0.
+
+    There is no limit that some models refuse.
+    """
+
+    def reply(question, n):
+        return "Verdict: [[A]]" if "Response A" in question else "Rating: [[6]]"
+
+    server = serve(reply)
     judge = make_judge("api:org/model:v1", None)
-    assert judge.score([(user("sort {b}"), "b")]) == [6] and judge.compare([(user("p"), "x", "y")]) == ["tie"]
+    assert judge.score([(user("sort {b}"), "b")]) == [6]
+    assert judge.compare([(user("p"), "x", "y")]) == ["tie"]
+
     rating, *verdicts = server.bodies
-    assert {k: v for k, v in rating.items() if k != "messages"} == {"model": "org/model:v1", "temperature": 0}
-    assert [m["role"] for m in rating["messages"]] == ["user"] and rating["messages"][0]["content"].endswith("[Instruction]\nsort {b}\n\n[Response]\nb")
-    assert {v["messages"][0]["content"].split("[Response A]\n")[1] for v in verdicts} == {"x\n\n[Response B]\ny", "y\n\n[Response B]\nx"}
+    assert body_without_messages(rating) == {"model": "org/model:v1", "temperature": 0}
+    [message] = rating["messages"]
+    assert message["role"] == "user"
+    assert message["content"].endswith("[Instruction]\nsort {b}\n\n[Response]\nb")
+
+    answers_shown = set()
+    for body in verdicts:
+        _, shown = body["messages"][0]["content"].split("[Response A]\n")
+        answers_shown.add(shown)
+    assert answers_shown == {"x\n\n[Response B]\ny", "y\n\n[Response B]\nx"}
 
 
 def test_a_server_that_lists_no_models_and_wants_no_key_will_do(serve, monkeypatch):
     """404 for /models, and no OPENAI_API_KEY with a server of one's own: judged all the same."""
-    serve(lambda question, n: "Rating: [[6]]", models=404)
+    serve(say("Rating: [[6]]"), models=404)
     monkeypatch.delenv("OPENAI_API_KEY")
     assert make_judge("api:m", None).score([(user("p"), "y")]) == [6]
 
 
 def test_a_refused_key_is_reported_before_the_work(serve, capsys):
     """401 ends with one line that names the variable and not the key, exit code 2."""
-    server = serve(lambda question, n: "Rating: [[6]]", models=401)
+    server = serve(say("Rating: [[6]]"), models=401)
     with pytest.raises(SystemExit) as end:
         make_judge("api:m", None)
     line = capsys.readouterr().err
-    assert end.value.code == 2 and server.url in line and "OPENAI_API_KEY" in line and "sk-secret" not in line and line.count("\n") == 1
+    assert end.value.code == 2
+    assert server.url in line
+    assert "OPENAI_API_KEY" in line
+    assert "sk-secret" not in line
+    assert line.count("\n") == 1
 
 
 def test_no_more_requests_are_in_flight_than_allowed(serve, monkeypatch):
     """24 questions, 3 at a time: never more, but more than one; answers come back in order."""
+
+    def reply(question, n):
+        return f"Rating: [[{len(response_of(question)) % 10 + 1}]]"
+
     monkeypatch.setattr(common, "API_CONCURRENCY", 3)
-    server = serve(lambda question, n: f"Rating: [[{len(response_of(question)) % 10 + 1}]]")
-    assert make_judge("api:m", None).score([(user("p"), "x" * i) for i in range(24)]) == [i % 10 + 1 for i in range(24)]
-    assert 1 < server.most <= 3 and len(server.bodies) == 24
+    server = serve(reply)
+    items = [(user("p"), "x" * i) for i in range(24)]
+    assert make_judge("api:m", None).score(items) == [i % 10 + 1 for i in range(24)]
+    assert 1 < server.most <= 3
+    assert len(server.bodies) == 24
 
 
 @pytest.mark.parametrize("failure", [503, "<broken>", 401, 404])
 def test_when_all_retries_fail_the_run_ends_in_one_line(failure, serve, monkeypatch, tmp_path):
-    """First try and 2 retries (none where they can't help), then the end, with the server's name, no further questions; what was answered before is kept."""
-    monkeypatch.setattr(common, "API_RETRIES", 2), monkeypatch.setattr(common, "API_CONCURRENCY", 1)
-    server = serve(lambda question, n: failure if response_of(question) == "c" else "Rating: [[6]]")
+    """First try and 2 retries (none where they can't help), then the end, and no more questions.
+
+    The line has the server's name; what was answered before is kept.
+    """
+
+    def reply(question, n):
+        return failure if response_of(question) == "c" else "Rating: [[6]]"
+
+    monkeypatch.setattr(common, "API_RETRIES", 2)
+    monkeypatch.setattr(common, "API_CONCURRENCY", 1)
+    server = serve(reply)
     items = [(user("p"), text) for text in "abcdef"]
     with pytest.raises(SystemExit) as end:
         make_judge("api:m", tmp_path).score(items)
     message = str(end.value.code)
-    assert message.startswith("error: ") and server.url in message and "\n" not in message and "sk-secret" not in message
-    assert {response_of(question): n for question, n in server.times.items()} == {"a": 1, "b": 1, "c": 1 if failure in (401, 404) else 3}
-    well = serve(lambda question, n: "Rating: [[6]]")
+    assert message.startswith("error: ")
+    assert server.url in message
+    assert "\n" not in message
+    assert "sk-secret" not in message
+    tries = 1 if failure in (401, 404) else 3
+    assert times_by_response(server) == {"a": 1, "b": 1, "c": tries}
+
+    well = serve(say("Rating: [[6]]"))
     assert make_judge("api:m", tmp_path).score(items) == [6] * 6
-    assert sorted(response_of(question) for question in well.times) == ["c", "d", "e", "f"]  # a and b were answered, and perhaps paid for, before
+    # a and b were answered, and perhaps paid for, before
+    assert sorted(response_of(question) for question in well.times) == ["c", "d", "e", "f"]
+
+
+# ---------------------------------------------------------------- generate.py --endpoint
 
 
 def generated(monkeypatch, capsys, url, data, out, *flags):
-    monkeypatch.setattr(sys, "argv", ["generate.py", "--model", "m", "--data", str(data), "--out", str(out), "--endpoint", url, *flags])
+    """Runs generate.py on the endpoint. Returns the rows of its file, and what it printed."""
+    required = ["--model", "m", "--data", str(data), "--out", str(out), "--endpoint", url]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *required, *flags])
     generate.main()
-    return [json.loads(line) for line in out.read_text().split("\n")[:-1]], capsys.readouterr()
+    lines = out.read_text().split("\n")
+    assert lines.pop() == ""
+    return [json.loads(line) for line in lines], capsys.readouterr()
 
 
 def prompts(folder, *texts):
+    """A file of prompts, each with a system turn."""
     path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"id": f"id-{text}", "prompt": [{"role": "system", "content": "be brief"}, *user(text)]}) + "\n" for text in texts))
+    rows = ""
+    for text in texts:
+        prompt = [{"role": "system", "content": "be brief"}, *user(text)]
+        rows += json.dumps({"id": f"id-{text}", "prompt": prompt}) + "\n"
+    path.write_text(rows)
     return path
 
 
-def test_answers_are_sampled_from_an_endpoint_through_a_bad_day(serve, monkeypatch, capsys, tmp_path):
-    """Two answers a prompt in the prompts' order, after 429, 500 and a hang; an answer cut by the server says so; the key is shown nowhere."""
+def test_answers_are_sampled_from_an_endpoint_through_a_bad_day(
+    serve, monkeypatch, capsys, tmp_path
+):
+    """Two answers a prompt in the prompts' order, after 429, 500 and a hang.
+
+    An answer cut by the server says so; the key is shown nowhere.
+    """
     lock, counter = threading.Lock(), Counter()
 
     def reply(question, n):
@@ -482,59 +889,118 @@ def test_answers_are_sampled_from_an_endpoint_through_a_bad_day(serve, monkeypat
             return [429, 500, "<hang>"][n]
         with lock:
             counter[question] += 1
-            return answer(f"{question}{counter[question]}", "length" if question == "c" else "stop")
+            text = f"{question}{counter[question]}"
+            return completion(text, "length" if question == "c" else "stop")
+
     server = serve(reply)
-    rows, shown = generated(monkeypatch, capsys, server.url, prompts(tmp_path, "b", "a", "c"), tmp_path / "o.jsonl",
-                            "--n", "2", "--max_new_tokens", "9", "--temperature", "0.5")
-    assert [(r["id"], r["meta"]["sample"], r["meta"]["finish"]) for r in rows] == [
-        ("id-b", 0, "stop"), ("id-b", 1, "stop"), ("id-a", 0, "stop"), ("id-a", 1, "stop"), ("id-c", 0, "length"), ("id-c", 1, "length")]
-    assert sorted(r["response"] for r in rows) == ["a1", "a2", "b1", "b2", "c1", "c2"] and all(r["id"] == f"id-{r['response'][0]}" for r in rows)
-    assert rows[0]["prompt"] == [{"role": "system", "content": "be brief"}, *user("b")] and rows[0]["prompt"] in [body["messages"] for body in server.bodies]
+    rows, shown = generated(
+        monkeypatch,
+        capsys,
+        server.url,
+        prompts(tmp_path, "b", "a", "c"),
+        tmp_path / "o.jsonl",
+        "--n",
+        "2",
+        "--max_new_tokens",
+        "9",
+        "--temperature",
+        "0.5",
+    )
+    assert [(row["id"], row["meta"]["sample"], row["meta"]["finish"]) for row in rows] == [
+        ("id-b", 0, "stop"),
+        ("id-b", 1, "stop"),
+        ("id-a", 0, "stop"),
+        ("id-a", 1, "stop"),
+        ("id-c", 0, "length"),
+        ("id-c", 1, "length"),
+    ]
+    responses = [row["response"] for row in rows]
+    assert sorted(responses) == ["a1", "a2", "b1", "b2", "c1", "c2"]
+    assert [row["id"] for row in rows] == [f"id-{response[0]}" for response in responses]
+    assert rows[0]["prompt"] == [{"role": "system", "content": "be brief"}, *user("b")]
+    assert rows[0]["prompt"] in [body["messages"] for body in server.bodies]
+
     assert server.times == {"a": 2, "b": 5, "c": 2}
+    options = {"model": "m", "temperature": 0.5, "top_p": 1.0, "max_tokens": 9}
     for body in server.bodies:
-        assert {k: v for k, v in body.items() if k != "messages"} == {"model": "m", "temperature": 0.5, "top_p": 1.0, "max_tokens": 9}
-    assert "sk-secret" not in shown.out + shown.err + "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+        assert body_without_messages(body) == options
+    assert "sk-secret" not in shown.out + shown.err + all_text(tmp_path)
 
 
 def test_a_broken_body_is_not_an_answer(serve, monkeypatch, capsys, tmp_path):
-    """Broken JSON is asked again, and ends the run if it stays so; it is never stored as an empty answer that the model gave. A true empty answer is."""
-    server = serve(lambda question, n: "<broken>" if question == "c" or question == "b" and n == 0 else answer("" if question == "b" else "yes"))
-    rows, _ = generated(monkeypatch, capsys, server.url, prompts(tmp_path, "a", "b"), tmp_path / "o.jsonl")
-    assert [row["response"] for row in rows] == ["yes", ""] and server.times == {"a": 1, "b": 2}
+    """Broken JSON is asked again, and ends the run if it stays so; an empty answer is stored."""
+
+    def reply(question, n):
+        if question == "c" or (question == "b" and n == 0):
+            return "<broken>"
+        return completion("" if question == "b" else "yes")
+
+    server = serve(reply)
+    data = prompts(tmp_path, "a", "b")
+    rows, _ = generated(monkeypatch, capsys, server.url, data, tmp_path / "o.jsonl")
+    assert [row["response"] for row in rows] == ["yes", ""]
+    assert server.times == {"a": 1, "b": 2}
+
+    data = prompts(tmp_path, "c")
     with pytest.raises(SystemExit, match="error: "):
-        generated(monkeypatch, capsys, server.url, prompts(tmp_path, "c"), tmp_path / "p.jsonl")
+        generated(monkeypatch, capsys, server.url, data, tmp_path / "p.jsonl")
     assert not (tmp_path / "p.jsonl").exists()
 
 
 def test_an_interrupted_sampling_goes_on_where_it_was(serve, monkeypatch, capsys, tmp_path):
-    """Batches that were finished are not asked again; the file is there only when it is whole."""
-    monkeypatch.setattr(generate, "API_CONCURRENCY", 2), monkeypatch.setattr(common, "API_CONCURRENCY", 2), monkeypatch.setattr(common, "API_RETRIES", 1)
-    well = []
-    server = serve(lambda question, n: answer(question * 2) if well or question not in "ef" else 500)
+    """Finished batches are not asked again; the file is there only when it is whole."""
+    monkeypatch.setattr(generate, "API_CONCURRENCY", 2)
+    monkeypatch.setattr(common, "API_CONCURRENCY", 2)
+    monkeypatch.setattr(common, "API_RETRIES", 1)
+    well = threading.Event()
+
+    def reply(question, n):
+        if question in "ef" and not well.is_set():
+            return 500
+        return completion(question * 2)
+
+    server = serve(reply)
     data, out = prompts(tmp_path, *"abcdef"), tmp_path / "o.jsonl"
     with pytest.raises(SystemExit):
         generated(monkeypatch, capsys, server.url, data, out)
-    assert not out.exists() and server.times["a"] == 1
-    well.append(server.times.copy())
+    assert not out.exists()
+    assert server.times["a"] == 1
+
+    before = server.times.copy()
+    well.set()
     rows, _ = generated(monkeypatch, capsys, server.url, data, out)
     assert [row["response"] for row in rows] == ["aa", "bb", "cc", "dd", "ee", "ff"]
-    assert server.times - well[0] == {"e": 1, "f": 1} and [path.name for path in sorted(tmp_path.iterdir())] == ["o.jsonl", "prompts.jsonl"]
+    assert server.times - before == {"e": 1, "f": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl", "prompts.jsonl"]
 
 
 def test_any_character_of_an_answer_survives(serve, monkeypatch, capsys, tmp_path):
-    """Line separators that are not \\n (U+2028, U+0085, form feed), as models write them, stay in one row; so do emoji and "<eos>"."""
+    """Line separators other than \\n stay in one row, as models write them, and so does <eos>."""
     text = "a\u2028b\u0085c\x0cd\x1ee \U0001f600 <eos>\r\n"
-    server = serve(lambda question, n: answer(text))
-    rows, _ = generated(monkeypatch, capsys, server.url, prompts(tmp_path, "a\u2028?", "b"), tmp_path / "o.jsonl")
-    assert [(row["prompt"][1]["content"], row["response"]) for row in rows] == [("a\u2028?", text), ("b", text)]
+    server = serve(say(completion(text)))
+    data = prompts(tmp_path, "a\u2028?", "b")
+    rows, _ = generated(monkeypatch, capsys, server.url, data, tmp_path / "o.jsonl")
+    exchanges = [(row["prompt"][1]["content"], row["response"]) for row in rows]
+    assert exchanges == [("a\u2028?", text), ("b", text)]
 
 
-def test_without_the_openai_package_an_endpoint_is_refused_in_one_line(monkeypatch, capsys, tmp_path):
-    """... that says what to install, exit code 2, for the judge and for generate.py."""
+def test_without_the_openai_package_an_endpoint_is_refused_in_one_line(
+    monkeypatch, capsys, tmp_path
+):
+    """The line says what to install, exit code 2, for the judge and for generate.py."""
+
+    def judge():
+        make_judge("api:m", None)
+
+    def sampling():
+        data = prompts(tmp_path, "a")
+        generated(monkeypatch, capsys, "http://127.0.0.1:1/v1", data, tmp_path / "o")
+
     monkeypatch.setitem(sys.modules, "openai", None)
-    remote = lambda: generated(monkeypatch, capsys, "http://127.0.0.1:1/v1", prompts(tmp_path, "a"), tmp_path / "o")
-    for start in (lambda: make_judge("api:m", None), remote):
+    for start in (judge, sampling):
         with pytest.raises(SystemExit) as end:
             start()
         line = capsys.readouterr().err
-        assert end.value.code == 2 and "pip install openai" in line and line.count("\n") == 1
+        assert end.value.code == 2
+        assert "pip install openai" in line
+        assert line.count("\n") == 1

@@ -1,51 +1,92 @@
-"""Ids, masks, log-probs and sampling: against plain Hugging Face calls on one sequence, and unchanged by padding, batch-mates, chunks and micro-batches."""
+"""Ids, masks, log-probs and sampling, against plain Hugging Face calls on one sequence.
+
+Padding, batch-mates, chunks and micro-batches change nothing.
+"""
+
 import copy
 import math
 import random
 
 import pytest
 import torch
+from test_equations import V, naive_log_softmax, near, random_pairs, run_train, tiny_lm
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import common
 import toy
-from common import Scorer, collate, encode_pairs, load_lm, load_tokenizer, prompt_ids, response_ids, sample
-from dnpo import model_losses, preference_losses, preference_margin
-from test_equations import V, naive_log_softmax, near, random_pairs, run_train, stack, tiny_lm
+from common import (
+    Pair,
+    Scorer,
+    by_pair,
+    collate,
+    collate_pairs,
+    encode_pairs,
+    load_lm,
+    load_tokenizer,
+    prompt_ids,
+    response_ids,
+    sample,
+)
+from dnpo import implicit_rewards, model_losses, preference_losses
 
 USER = [{"role": "user", "content": "hi a"}]
-CHAT = ("{{ bos_token }}{% for m in messages %}{{ '<' + m['role'] + '>\\n' + m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-        "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>\\n' }}{% endif %}")
+CHAT = (
+    "{{ bos_token }}"
+    "{% for m in messages %}"
+    "{{ '<' + m['role'] + '>\\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>\\n' }}{% endif %}"
+)
+SPECIAL = ["<s>", "</s>", "<unk>"]
+LONG = 99  # a limit that cuts no answer
 
 
-def finish(core, template: str = CHAT):
-    tok = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>")
-    tok.chat_template = template
+# ---------------------------------------------------------------- tokenizers of two families
+
+
+def finish(core: Tokenizer):
+    """A chat tokenizer that adds <s> to whatever is not told to go without special tokens."""
+    core.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
+    core.add_special_tokens(SPECIAL)
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="<unk>",
+    )
+    tok.chat_template = CHAT
     return tok
 
 
+def bpe(letters: list[str], merges: list[tuple[str, str]], **more) -> Tokenizer:
+    """A BPE tokenizer of these letters, each once, and of what the merges make of them."""
+    merged = [left + right for left, right in merges]
+    words = dict.fromkeys([*SPECIAL, *letters, *merged])
+    vocabulary = {word: i for i, word in enumerate(words)}
+    return Tokenizer(models.BPE(vocabulary, merges, **more))
+
+
 def sentencepiece():
-    """As Llama 2's and Mistral's: every text is given a space in front; <s> is added to what is not told to go without it."""
-    merges = [("h", "i"), ("▁", "hi"), ("▁", "a")]
-    words = ["<s>", "</s>", "<unk>", "▁", "\n", *"</>userantiomhy.", *map("".join, merges)]
-    core = Tokenizer(models.BPE({t: i for i, t in enumerate(dict.fromkeys(words))}, merges, unk_token="<unk>"))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    core.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
-    core.add_special_tokens(["<s>", "</s>", "<unk>"])
+    """As Llama 2's and Mistral's: every text is given a space in front."""
+    letters = ["▁", "\n", *"</>userantiomhy."]
+    core = bpe(letters, [("h", "i"), ("▁", "hi"), ("▁", "a")], unk_token="<unk>")
+    space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    core.normalizer = normalizers.Sequence(space)
+    no_space = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(no_space)
     return finish(core)
 
 
 def bytes_bpe():
-    """As Llama 3's: byte level, with a token for two newlines in a row; <s> as above."""
+    """As Llama 3's: byte level, with a token for two newlines in a row."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ċ", "Ċ"), ("h", "i"), ("Ġ", "a")]
-    words = ["<s>", "</s>", "<unk>", *letters, *map("".join, merges)]
-    core = Tokenizer(models.BPE({t: i for i, t in enumerate(words)}, merges))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
-    core.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
-    core.add_special_tokens(["<s>", "</s>", "<unk>"])
+    core = bpe(letters, [("Ċ", "Ċ"), ("h", "i"), ("Ġ", "a")])
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
     return finish(core)
 
 
@@ -56,278 +97,580 @@ TOKENIZERS = {"toy": toy.tokenizer, "sentencepiece": sentencepiece, "bytes": byt
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("prompt", [USER, [{"role": "system", "content": "a"}, *USER, {"role": "assistant", "content": "hi"}, *USER]])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        USER,
+        [
+            {"role": "system", "content": "a"},
+            *USER,
+            {"role": "assistant", "content": "hi"},
+            *USER,
+        ],
+    ],
+)
 def test_prompt_ids_are_the_templates_text_tokenised_once(name, prompt):
-    """ids of the rendered template with the assistant's header, nothing added: one beginning-of-sequence token, a plain list."""
+    """Ids of the rendered template with the assistant's header, one <s> and nothing else added."""
     tok = TOKENIZERS[name]()
     text = tok.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    ids = prompt_ids(tok, prompt)
     assert text.rstrip("\n").endswith(("<assistant>", "<|assistant|>"))
-    assert ids == tok(text, add_special_tokens=False)["input_ids"] and ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id
+    ids = prompt_ids(tok, prompt)
+    assert ids == tok(text, add_special_tokens=False)["input_ids"]
+    assert ids.count(tok.bos_token_id) == 1
+    assert ids[0] == tok.bos_token_id
 
 
-@pytest.mark.parametrize("ended, limit, cut, eos", [(True, 9, 4, True), (False, 9, 4, False), (True, 5, 4, True), (True, 4, 4, False), (True, 3, 3, False),
-                                                    (False, 3, 3, False), (True, 1, 1, False)])
+@pytest.mark.parametrize(
+    "ended, limit, cut, eos",
+    [
+        (True, 9, 4, True),
+        (False, 9, 4, False),
+        (True, 5, 4, True),
+        (True, 4, 4, False),
+        (True, 3, 3, False),
+        (False, 3, 3, False),
+        (True, 1, 1, False),
+    ],
+)
 def test_an_answer_has_an_end_token_only_if_it_ended_and_was_not_cut(ended, limit, cut, eos):
-    """ids of the text, at most `limit` with the end-of-sequence token, which is there if and only if the whole answer and its end are."""
+    """At most `limit` ids; the end token is one of them only if all of the answer is, and ended."""
     tok = toy.tokenizer()
-    assert response_ids(tok, "abcd", ended, limit) == tok.convert_tokens_to_ids(list("abcd"))[:cut] + [tok.eos_token_id] * eos
+    wanted = tok.convert_tokens_to_ids(list("abcd")[:cut])
+    if eos:
+        wanted.append(tok.eos_token_id)
+    assert response_ids(tok, "abcd", ended, limit) == wanted
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_special_tokens_in_an_answers_text_stay_text(name):
-    """A text that spells the end-of-sequence token has more than one id for it, and none is special."""
+    """A text that spells the end token has more than one id for it, and none is special."""
     tok = TOKENIZERS[name]()
     for text in (f"a{tok.eos_token}a", tok.bos_token, tok.eos_token):
-        ids = response_ids(tok, text, False, 99)
-        assert len(ids) >= len(text) - 1 and not {tok.eos_token_id, tok.bos_token_id} & set(ids)
-        assert response_ids(tok, text, True, 99) == [*ids, tok.eos_token_id]
+        ids = response_ids(tok, text, False, LONG)
+        assert len(ids) >= len(text) - 1
+        assert not {tok.eos_token_id, tok.bos_token_id} & set(ids)
+        assert response_ids(tok, text, True, LONG) == [*ids, tok.eos_token_id]
 
 
 @pytest.mark.parametrize("name", ["sentencepiece", "bytes"])
-@pytest.mark.parametrize("text", ["hi", "hi a", "a", " hi", "hi\n", "hi\n\na", "\nhi", "\n\nhi", "\n"])
+@pytest.mark.parametrize(
+    "text", ["hi", "hi a", "a", " hi", "hi\n", "hi\n\na", "\nhi", "\n\nhi", "\n"]
+)
 def test_answer_ids_are_those_of_the_text_after_the_assistants_header(name, text):
-    """Nothing is added in front and nothing lost: the ids decode to the text, and have no token for a space that is not there."""
+    """The ids decode to the text; no token is for a space that is not there, and none is lost."""
     tok = TOKENIZERS[name]()
-    ids = response_ids(tok, text, False, 99)
+    ids = response_ids(tok, text, False, LONG)
     joined = "".join(tok.convert_ids_to_tokens(ids))
-    assert {"sentencepiece": joined.replace("▁", " "), "bytes": joined.replace("Ġ", " ").replace("Ċ", "\n")}[name] == text
-    if name == "sentencepiece" or not text.startswith("\n"):  # where the header's newline does not merge with the answer
+    if name == "sentencepiece":
+        assert joined.replace("▁", " ") == text
+    else:
+        assert joined.replace("Ġ", " ").replace("Ċ", "\n") == text
+
+    merges_with_header = name == "bytes" and text.startswith("\n")
+    if not merges_with_header:
         header = tok.apply_chat_template(USER, tokenize=False, add_generation_prompt=True)
-        assert prompt_ids(tok, USER) + ids == tok(header + text, add_special_tokens=False)["input_ids"]
+        whole = tok(header + text, add_special_tokens=False)["input_ids"]
+        assert prompt_ids(tok, USER) + ids == whole
 
 
 def test_a_sentencepiece_answer_has_no_extra_space_and_a_byte_level_one_keeps_its_newline():
-    """The two known cases by their tokens: "hi", not "▁hi"; "\\n", "hi" where the vocabulary would merge the header's newline with the answer's."""
-    tok, bpe = sentencepiece(), bytes_bpe()
-    assert tok.tokenize("hi") == ["▁hi"] and tok.convert_ids_to_tokens(response_ids(tok, "hi", True, 9)) == ["hi", "</s>"]
-    assert tok.convert_ids_to_tokens(response_ids(tok, " hi a", False, 9)) == ["▁hi", "▁a"]
-    assert bpe.tokenize("\n\nhi") == ["ĊĊ", "hi"] and bpe.convert_ids_to_tokens(response_ids(bpe, "\nhi", True, 9)) == ["Ċ", "hi", "</s>"]
+    """The known cases by their tokens: "hi" is not "▁hi"; "\\n" doesn't merge with the header's."""
+
+    def tokens(tok, text, ended):
+        return tok.convert_ids_to_tokens(response_ids(tok, text, ended, 9))
+
+    spaces = sentencepiece()
+    assert spaces.tokenize("hi") == ["▁hi"]
+    assert tokens(spaces, "hi", True) == ["hi", "</s>"]
+    assert tokens(spaces, " hi a", False) == ["▁hi", "▁a"]
+
+    newlines = bytes_bpe()
+    assert newlines.tokenize("\n\nhi") == ["ĊĊ", "hi"]
+    assert tokens(newlines, "\nhi", True) == ["Ċ", "hi", "</s>"]
 
 
 def test_a_human_and_a_generated_copy_of_a_text_have_the_same_ids():
-    """Text in, ids out, whoever wrote it: two copies that ended are identical and left out; if one was cut they differ by the end token."""
+    """Text in, ids out, whoever wrote it: two copies that ended are identical and left out.
+
+    If one was cut they differ by the end token.
+    """
     tok, cut = toy.tokenizer(), {"chosen_ended": True, "rejected_ended": False}
-    rows = [{"id": y + z, "prompt": [{"role": "user", "content": x}], "chosen": y, "rejected": z, "meta": meta} for x, y, z, meta in (
-        ("ba", "abc", "abc", {}), ("ba", "abc", "abc", cut), ("ba", "abcdefg", "abcdefh", {}), ("ba", "abc", "", cut), ("ba", "", "ab", {}),
-        ("a" * 9, "ab", "ba", {"chosen_ended": False}), ("a" * 10, "ab", "ba", {}))]
+    rows = []
+    for prompt, chosen, rejected, meta in (
+        ("ba", "abc", "abc", {}),
+        ("ba", "abc", "abc", cut),
+        ("ba", "abcdefg", "abcdefh", {}),
+        ("ba", "abc", "", cut),
+        ("ba", "", "ab", {}),
+        ("a" * 9, "ab", "ba", {"chosen_ended": False}),
+        ("a" * 10, "ab", "ba", {}),
+    ):
+        row = {"id": chosen + rejected, "chosen": chosen, "rejected": rejected, "meta": meta}
+        row["prompt"] = [{"role": "user", "content": prompt}]
+        rows.append(row)
     pairs, dropped = encode_pairs(tok, rows, 12, 6)
-    ids = lambda *tokens: tok.convert_tokens_to_ids(list(tokens))
-    header = lambda text: ids("<bos>", "<|user|>", *text, "<|assistant|>")
-    assert pairs == [(header("ba"), ids(*"abc", "<eos>"), ids(*"abc"), "abcabc"), (header("ba"), ids("<eos>"), ids(*"ab", "<eos>"), "ab"),
-                     (header("a" * 9), ids(*"ab"), ids(*"ba", "<eos>"), "abba")]
+
+    def ids(*tokens):
+        return tok.convert_tokens_to_ids(list(tokens))
+
+    def header(text):
+        return ids("<bos>", "<|user|>", *text, "<|assistant|>")
+
+    assert pairs == [
+        Pair(header("ba"), ids("a", "b", "c", "<eos>"), ids("a", "b", "c"), "abcabc"),
+        Pair(header("ba"), ids("<eos>"), ids("a", "b", "<eos>"), "ab"),
+        Pair(header("a" * 9), ids("a", "b"), ids("b", "a", "<eos>"), "abba"),
+    ]
     assert dropped == {"prompt too long": 1, "identical sides": 2, "empty side": 1}
 
 
 def test_masks_come_from_lengths_also_where_answers_hold_the_padding_id():
-    """ids: prompt, answer, padding on the right; mask: True on the answer, its end token included, even if its tokens are the padding's."""
+    """Ids: prompt, answer, padding on the right. Mask: True on the answer, whatever its tokens."""
     sequences = [([5, 6, 0], [0, 7, 0]), ([0], [2]), ([3, 0], [0]), ([2, 2], [2, 0, 2, 0])]
     ids, mask = collate(sequences, "cpu")
-    width = max(len(p) + len(y) for p, y in sequences)
-    assert ids.tolist() == [p + y + [0] * (width - len(p) - len(y)) for p, y in sequences]
-    assert mask.tolist() == [[len(p) <= t < len(p) + len(y) for t in range(width)] for p, y in sequences]
+    assert ids.tolist() == [
+        [5, 6, 0, 0, 7, 0],
+        [0, 2, 0, 0, 0, 0],
+        [3, 0, 0, 0, 0, 0],
+        [2, 2, 2, 0, 2, 0],
+    ]
+    no, yes = False, True
+    assert mask.tolist() == [
+        [no, no, no, yes, yes, yes],
+        [no, yes, no, no, no, no],
+        [no, no, yes, no, no, no],
+        [no, no, yes, yes, yes, yes],
+    ]
+
+
+def test_a_pair_is_in_the_rows_i_and_b_plus_i_of_a_batch():
+    """All chosen answers come first, then all rejected ones, both after their pair's prompt."""
+    pairs = [Pair([5, 6], [7], [8, 9], "a"), Pair([4], [3, 2], [1], "b")]
+    ids, mask = collate_pairs(pairs, "cpu")
+    assert ids.tolist() == [[5, 6, 7, 0], [4, 3, 2, 0], [5, 6, 8, 9], [4, 1, 0, 0]]
+    assert mask.int().tolist() == [[0, 0, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1], [0, 1, 0, 0]]
+    assert [pair.tokens for pair in pairs] == [5, 4]
+
+
+def test_by_pair_puts_both_sides_of_a_pair_beside_each_other():
+    """[2B] of collate_pairs' sequences becomes [B, 2], chosen and rejected."""
+    values = torch.tensor([1.0, 2.0, 3.0, -1.0, -2.0, -3.0])
+    assert by_pair(values).tolist() == [[1, -1], [2, -2], [3, -3]]
 
 
 @pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
 def test_a_model_whose_logits_are_more_than_a_linear_layer_is_refused(tmp_path, capsys, name):
-    """Its log-probs would be wrong in silence: the setting is named and the exit code is 2; where it changes nothing the model is taken."""
+    """Its log-probs would be wrong in silence: the setting is named and the exit code is 2.
+
+    Where it changes nothing the model is taken.
+    """
     toy.tokenizer().save_pretrained(tmp_path)
-    for value in (None, 1.0, 0.5):
+
+    def save(value):
         config = tiny_lm(1).config
         setattr(config, name, value)
         config.save_pretrained(tmp_path)
-        if value != 0.5:
-            tok, loaded = load_tokenizer(str(tmp_path))
-            assert prompt_ids(tok, USER) == prompt_ids(toy.tokenizer(), USER) and getattr(loaded, name) == value
+
+    for value in (None, 1.0):
+        save(value)
+        tok, loaded = load_tokenizer(str(tmp_path))
+        assert prompt_ids(tok, USER) == prompt_ids(toy.tokenizer(), USER)
+        assert getattr(loaded, name) == value
+
+    save(0.5)
     with pytest.raises(SystemExit) as stop:
         load_tokenizer(str(tmp_path))
-    assert stop.value.code == 2 and name in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert name in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- log-probs
 
 
 def naive_logps(lm, sequences) -> list[float]:
-    """log pi(y|x) of each sequence by itself: full float64 logits, a log-softmax in python, a sum over the answer's tokens."""
-    out = []
-    for p, y in sequences:
+    """log pi(y|x) of each sequence by itself: float64 logits, and a log-softmax in python."""
+    exact = copy.deepcopy(lm).double()
+    logps = []
+    for prompt, response in sequences:
         with torch.no_grad():
-            logits = copy.deepcopy(lm).double()(input_ids=torch.tensor([p + y])).logits[0].tolist()
-        out.append(sum(naive_log_softmax(logits[len(p) - 1 + j])[t] for j, t in enumerate(y)))
-    return out
+            logits = exact(input_ids=torch.tensor([prompt + response])).logits[0].tolist()
+        logp = 0.0
+        for j, token in enumerate(response):
+            before = logits[len(prompt) + j - 1]  # what is read before the token predicts it
+            logp += naive_log_softmax(before)[token]
+        logps.append(logp)
+    return logps
 
 
 def some_sequences(n: int = 6):
-    return [(p, y) for p, y, _ in random_pairs(n, seed=3)]
+    """Random prompts and answers."""
+    return [(pair.prompt, pair.chosen) for pair in random_pairs(n, seed=3)]
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_score_is_the_sum_of_log_softmax_over_the_answers_tokens(tied):
-    """log pi(y|x) = sum_t log pi(y_t | x, y_<t), the answer's tokens only, the first and the last of them included."""
+    """log pi(y|x) = sum_t log pi(y_t | x, y_<t), the answer's first and last tokens included."""
     lm, sequences = tiny_lm(1, tied), some_sequences()
-    out = Scorer(lm)(*collate(sequences, "cpu"))
-    assert out.dtype == torch.float32 and out.tolist() == near(naive_logps(lm, sequences))
+    logps = Scorer(lm)(*collate(sequences, "cpu"))
+    assert logps.dtype == torch.float32
+    assert logps.tolist() == near(naive_logps(lm, sequences))
+
+
+def test_values_are_summed_by_row():
+    """Each value goes to its row's sum, in any order of the rows; a row without values is 0."""
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    sums = common.sum_by_row(values, torch.tensor([2, 0, 2, 0, 3]), 5)
+    assert sums.dtype == torch.float32
+    assert sums.tolist() == [10, 0, 5, 16, 0]
 
 
 def scores(lm, ids, mask):
     """Log-probs [S], and the gradients of their sum weighted by 1, 2, 3, ..."""
-    out = Scorer(lm)(ids, mask)
-    return out.detach(), torch.autograd.grad((out * torch.arange(1, len(out) + 1)).sum(), list(lm.parameters()))
+    logps = Scorer(lm)(ids, mask)
+    weights = torch.arange(1, len(logps) + 1)
+    grads = torch.autograd.grad((logps * weights).sum(), list(lm.parameters()))
+    return logps.detach(), grads
 
 
 def assert_same(mine, other):
-    torch.testing.assert_close(mine[0], other[0], atol=1e-5, rtol=1e-6)
-    for a, b in zip(mine[1], other[1], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5 * max(1.0, b.abs().max().item()), rtol=1e-5)
+    """Two results of scores()."""
+    logps, grads = mine
+    other_logps, other_grads = other
+    torch.testing.assert_close(logps, other_logps, atol=1e-5, rtol=1e-6)
+    for grad, wanted in zip(grads, other_grads, strict=True):
+        size = max(1.0, wanted.abs().max().item())
+        torch.testing.assert_close(grad, wanted, atol=1e-5 * size, rtol=1e-5)
 
 
 def test_batch_mates_and_padding_do_not_change_a_score():
-    """The same log-probs and gradients one by one, and with 7 more columns on the right, whatever is in them."""
+    """The same log-probs and gradients one by one, and with 7 more columns, whatever is in them."""
     lm, sequences = tiny_lm(1), some_sequences()
     ids, mask = collate(sequences, "cpu")
     together = scores(lm, ids, mask)
-    parts = [scores(lm, *collate([s], "cpu")) for s in sequences]
-    assert_same((torch.cat([out for out, _ in parts]), [sum((k + 1) * g for k, g in enumerate(grads)) for grads in zip(*(g for _, g in parts))]), together)
+
+    logps, weighted_grads = [], [torch.zeros_like(p) for p in lm.parameters()]
+    for k, sequence in enumerate(sequences, 1):
+        logp, grads = scores(lm, *collate([sequence], "cpu"))
+        logps.append(logp)
+        for total, grad in zip(weighted_grads, grads, strict=True):
+            total += k * grad
+    assert_same((torch.cat(logps), weighted_grads), together)
+
     for filling in (0, 2, 9):
-        wider = torch.cat([ids, torch.full((len(ids), 7), filling)], 1), torch.cat([mask, torch.zeros(len(ids), 7, dtype=torch.bool)], 1)
-        assert_same(scores(lm, *wider), together)
+        wider_ids = torch.cat([ids, torch.full((len(ids), 7), filling)], 1)
+        wider_mask = torch.cat([mask, torch.zeros(len(ids), 7, dtype=torch.bool)], 1)
+        assert_same(scores(lm, wider_ids, wider_mask), together)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 1000])
 def test_the_chunk_size_does_not_change_a_score(monkeypatch, chunk):
-    """The same log-probs and gradients for any CHUNK, with never more than CHUNK rows of logits at a time."""
-    lm, rows, batch = tiny_lm(1), [], collate(some_sequences(), "cpu")
-    together = scores(lm, *batch)
-    lm.lm_head.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    """Log-probs and gradients are the same for any CHUNK, of which no more logits are alive."""
+    lm, rows = tiny_lm(1), []
+    ids, mask = collate(some_sequences(), "cpu")
+    together = scores(lm, ids, mask)
+
+    def count_rows(module, args, logits):
+        rows.append(len(logits))
+
+    lm.lm_head.register_forward_hook(count_rows)
     monkeypatch.setattr(common, "CHUNK", chunk)
-    assert_same(scores(lm, *batch), together)
-    assert batch[1].sum() > 10 and max(rows) <= chunk
+    assert_same(scores(lm, ids, mask), together)
+    assert mask.sum() > 10
+    assert max(rows) <= chunk
 
 
 def test_rows_of_equal_length_and_a_single_token_answer_are_scored_too():
     """Edges: one token of prompt, one of answer, no padding at all."""
     lm, sequences = tiny_lm(2), [([4], [7]), ([7], [4])]
-    assert Scorer(lm)(*collate(sequences, "cpu")).tolist() == near(naive_logps(lm, sequences))
+    logps = Scorer(lm)(*collate(sequences, "cpu"))
+    assert logps.tolist() == near(naive_logps(lm, sequences))
+
+
+# ---------------------------------------------------------------- what a step reports
+
+
+def test_the_metrics_of_a_pair_are_named_as_in_trl():
+    """Loss, both rewards, their margin, whether it is above 0, and both log-probs: [B] each."""
+    losses, chosen, rejected = torch.tensor([[0.5, 0.7, 0.9], [1.0, 2.0, 3.0], [0.5, 2.0, 4.0]])
+    logps = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]])
+    metrics = common.preference_metrics(losses, chosen, rejected, logps)
+    wanted = {
+        "loss": [0.5, 0.7, 0.9],
+        "rewards/chosen": [1, 2, 3],
+        "rewards/rejected": [0.5, 2, 4],
+        "rewards/margins": [0.5, 0, -1],
+        "rewards/accuracies": [1, 0, 0],  # a tie is not right
+        "logps/chosen": [-1, -3, -5],
+        "logps/rejected": [-2, -4, -6],
+    }
+    assert list(metrics) == list(wanted)
+    for name, values in wanted.items():
+        assert metrics[name].tolist() == near(values), name
+
+
+def test_a_steps_metrics_are_means_over_its_pairs_however_they_are_cut():
+    """Each is sum_i weight_i value_i / pairs: a filler counts for nothing, and no graph is kept."""
+    values = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
+    sums = {}
+    common.add_weighted(sums, {"loss": values[:2]}, torch.tensor([1.0, 1.0]), 3)
+    filled = values[[2, 0]]  # its second pair is a filler
+    common.add_weighted(sums, {"loss": filled, "more": 2 * filled}, torch.tensor([1.0, 0.0]), 3)
+    assert sums["loss"].item() == near((1 + 2 + 6) / 3)
+    assert sums["more"].item() == near(12 / 3)
+    assert not any(total.requires_grad for total in sums.values())
+
+
+def numbers(line: dict) -> dict:
+    """A line of metrics without what a clock or the machine decides."""
+    clocks = ("memory_gib", "pairs_per_second")
+    return {name: value for name, value in line.items() if name not in clocks}
 
 
 @pytest.mark.parametrize("update", ["joint", "alternating"])
 def test_micro_batching_does_not_change_training(monkeypatch, tmp_path, update):
-    """Gradients, metrics and the saved checkpoint of 11 pairs in steps of 8 and 3 are those of whole batches, 2 by 2 and 1 by 1, noise and clipping on."""
+    """Gradients, metrics and checkpoint of 11 pairs in steps of 8 and 3 are those of whole batches.
+
+    The micro-batches have 2 pairs and 1 pair; noise and clipping are on.
+    """
     runs = {}
     for micro in (8, 2, 1):
         folder = tmp_path / str(micro)
         folder.mkdir()
-        metrics, log = run_train(monkeypatch, folder, random_pairs(11), batch=8, micro_batch=micro, noise_update=update, clip=1.5, lr=0.05, noise_lr=1.0)
-        saved = list(AutoModelForCausalLM.from_pretrained(folder / "iter3" / "checkpoint").parameters())
-        runs[micro] = metrics, log, saved
+        metrics, log = run_train(
+            monkeypatch,
+            folder,
+            random_pairs(11),
+            batch=8,
+            micro_batch=micro,
+            noise_update=update,
+            clip=1.5,
+            lr=0.05,
+            noise_lr=1.0,
+        )
+        model = AutoModelForCausalLM.from_pretrained(folder / "iter3" / "checkpoint")
+        runs[micro] = metrics, log, list(model.parameters())
+
+    # the model moves, and clipping works
     metrics, log, saved = runs[8]
-    assert len(metrics) == 2 and any(m["grad_norm"] > 3 for m in metrics) and max((p - q).abs().max() for p, q in zip(saved, tiny_lm(1).parameters())) > 1e-2
-    assert all(sum(g.square().sum() for g in grads) <= 1.5 ** 2 + 1e-3 for who, _, grads in log)
+    assert len(metrics) == 2
+    assert any(line["grad_norm"] > 3 for line in metrics)
+    moved = [(p - q).abs().max() for p, q in zip(saved, tiny_lm(1).parameters())]
+    assert max(moved) > 1e-2
+    for _, _, grads in log:
+        assert sum(grad.square().sum() for grad in grads) <= 1.5**2 + 1e-3
+
     for micro in (2, 1):
-        other = runs[micro]
-        for (_, _, grads), (_, _, other_grads) in zip(log, other[1], strict=True):
+        other_metrics, other_log, other_saved = runs[micro]
+        for (_, _, grads), (_, _, other_grads) in zip(log, other_log, strict=True):
             for a, b in zip(grads, other_grads, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-        for a, b in zip(saved, other[2], strict=True):
+        for a, b in zip(saved, other_saved, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-        for a, b in zip(metrics, other[0]):
-            assert {k: v for k, v in a.items() if k not in ("memory_gib", "pairs_per_second")} == {k: near(b[k], abs=2e-5) for k in a
-                                                                                                   if k not in ("memory_gib", "pairs_per_second")}
+        for line, other in zip(metrics, other_metrics, strict=True):
+            assert numbers(line) == near(numbers(other), abs=2e-5)
 
 
 # ---------------------------------------------------------------- sampling
 
 
 def naive_greedy(lm, prompt: list[int], n: int) -> list[int]:
+    """The n most probable tokens after a prompt, one forward pass for each."""
     ids = list(prompt)
     for _ in range(n):
         with torch.no_grad():
-            ids.append(int(lm(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt):]
+            logits = lm(input_ids=torch.tensor([ids])).logits
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+FIRST_LETTER = 7  # of the toy tokenizer's ids; those below are special tokens
+
+
+def naive_answer(tok, tokens: list[int], ends: set[int]) -> tuple[str, str]:
+    """The letters up to the first end token, and whether there was one."""
+    text = ""
+    for token in tokens:
+        if token in ends:
+            return text, "stop"
+        if token >= FIRST_LETTER and token != tok.eos_token_id:
+            text += tok.convert_ids_to_tokens(token)
+    return text, "length"
 
 
 def test_greedy_answers_are_the_models_argmax_alone_and_in_a_batch():
-    """At temperature 0: the most probable token each time, up to the first end token, the tokenizer's or one of the checkpoint's ("stop"),
-    or to the limit ("length"); padding changes nothing."""
+    """At temperature 0: the most probable token each time; padding changes nothing.
+
+    An answer goes up to the first end token, the tokenizer's or one of the checkpoint's ("stop"),
+    or to the limit ("length").
+    """
     lm, rng, finishes = tiny_lm(6), random.Random(0), set()
-    prompts = [[rng.randrange(V) for _ in range(n)] for n in (3, 9, 1, 5, 7, 4, 12, 2)]
-    tokens = [naive_greedy(lm, p, 8) for p in prompts]
-    usual = sorted({t for new in tokens for t in new if t >= 7}, key=lambda t: -sum(t in new for new in tokens))  # letters, the commonest first
-    for eos, ends in ((2, None), (2, usual[0]), (usual[0], 2), (usual[0], None), (2, usual[1:3]), (usual[1], [usual[2], usual[3]])):
+    lengths = (3, 9, 1, 5, 7, 4, 12, 2)
+    prompts = [[rng.randrange(V) for _ in range(length)] for length in lengths]
+    tokens = [naive_greedy(lm, prompt, 8) for prompt in prompts]
+
+    def answers_with(letter):
+        return sum(letter in new for new in tokens)
+
+    letters = {token for new in tokens for token in new if token >= FIRST_LETTER}
+    usual = sorted(sorted(letters), key=answers_with, reverse=True)  # the commonest first
+    for eos, ends in (
+        (2, None),
+        (2, usual[0]),
+        (usual[0], 2),
+        (usual[0], None),
+        (2, usual[1:3]),
+        (usual[1], [usual[2], usual[3]]),
+    ):
         tok = toy.tokenizer()
         tok.eos_token = tok.convert_ids_to_tokens(eos)
         lm.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
-        wanted = []
-        for new in tokens:
-            stop = next((i for i, t in enumerate(new) if t in {eos, *(ends if isinstance(ends, list) else [ends])}), None)
-            text = "".join(tok.convert_ids_to_tokens(t) for t in new[:stop] if t >= 7 and t != eos)
-            wanted.append((text, "length" if stop is None else "stop"))
+        all_ends = {eos, *ends} if isinstance(ends, list) else {eos, ends}
+        wanted = [naive_answer(tok, new, all_ends) for new in tokens]
+
         assert sample(lm, tok, prompts, 0.0, 8, 1) == wanted
-        assert [sample(lm, tok, [p], 0.0, 8, 1)[0] for p in prompts] == wanted
-        finishes |= {(finish, bool(text)) for text, finish in wanted}
-    assert finishes >= {("stop", True), ("stop", False), ("length", True)} and len({text for text, _ in wanted}) > 3
+        alone = [sample(lm, tok, [prompt], 0.0, 8, 1)[0] for prompt in prompts]
+        assert alone == wanted
+        finishes.update((how, bool(text)) for text, how in wanted)
+    assert finishes >= {("stop", True), ("stop", False), ("length", True)}
+    assert len({text for text, _ in wanted}) > 3
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_are_the_models_own_distribution(tmp_path, temperature):
-    """Frequencies of 6000 samples are softmax(z / temperature) within 5 standard errors: of the checkpoint's generation_config only the end tokens count."""
+    """Frequencies of 6000 samples are softmax(z / temperature) within 5 standard errors.
+
+    Of the checkpoint's generation_config only the end tokens count.
+    """
     lm, tok, prompt, n = tiny_lm(1), toy.tokenizer(), [4, 9, 3], 6000
-    z = [v / temperature for v in lm(input_ids=torch.tensor([prompt])).logits[0, -1].tolist()]
-    p = [math.exp(v) for v in naive_log_softmax(z)]
-    lm.generation_config = GenerationConfig(do_sample=True, top_k=2, top_p=0.5, temperature=3.0, repetition_penalty=2.0, min_new_tokens=5, eos_token_id=[2, 9])
+    logits = lm(input_ids=torch.tensor([prompt])).logits[0, -1].tolist()
+    logps = naive_log_softmax([z / temperature for z in logits])
+    p = [math.exp(logp) for logp in logps]
+    shares = {("", "stop"): p[2] + p[9]}
+    for letter in toy.LETTERS:
+        token = tok.convert_tokens_to_ids(letter)
+        if token != 9:
+            shares[letter, "length"] = p[token]
+    assert shares["", "stop"] > 0.01
+
+    lm.generation_config = GenerationConfig(
+        do_sample=True,
+        top_k=2,
+        top_p=0.5,
+        temperature=3.0,
+        repetition_penalty=2.0,
+        min_new_tokens=5,
+        eos_token_id=[2, 9],
+    )
     lm.save_pretrained(tmp_path)
     loaded = load_lm(str(tmp_path), torch.float32, "cpu")
+
     drawn = sample(loaded, tok, [prompt] * n, temperature, 1, 1)
-    shares = {(x, "length"): p[tok.convert_tokens_to_ids(x)] for x in toy.LETTERS if tok.convert_tokens_to_ids(x) != 9} | {("", "stop"): p[2] + p[9]}
-    assert shares["", "stop"] > 0.01
-    for answer, q in shares.items():
-        assert abs(drawn.count(answer) / n - q) <= 5 * (q * (1 - q) / n) ** 0.5 + 1e-9, answer
-    assert sample(loaded, tok, [prompt] * 50, temperature, 4, 1) == sample(loaded, tok, [prompt] * 50, temperature, 4, 1) != \
-        sample(loaded, tok, [prompt] * 50, temperature, 4, 2)
+    for answer, share in shares.items():
+        error = math.sqrt(share * (1 - share) / n)
+        assert abs(drawn.count(answer) / n - share) <= 5 * error + 1e-9, answer
+
+    first = sample(loaded, tok, [prompt] * 50, temperature, 4, 1)
+    again = sample(loaded, tok, [prompt] * 50, temperature, 4, 1)
+    other_seed = sample(loaded, tok, [prompt] * 50, temperature, 4, 2)
+    assert first == again != other_seed
 
 
 def test_a_sampled_answer_comes_back_as_the_ids_it_was_sampled_as():
-    """sample -> text -> response_ids gives the sampled ids and their end token: nothing is lost between the phases."""
+    """From ids to text and back by response_ids nothing is lost, the end token included."""
     tok, lm = toy.tokenizer(), tiny_lm(6)
     lm.lm_head.weight.data[[0, 1, 3, 4, 5, 6]] = 0  # special tokens never lead; the end token may
     lm.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
-    prompts = [prompt_ids(tok, [{"role": "user", "content": x}]) for x in ("abc", "pop", "b", "feed", "jade", "kim")]
-    for prompt, (text, how) in zip(prompts, sample(lm, tok, prompts, 0.0, 6, 1)):
+    texts = ("abc", "pop", "b", "feed", "jade", "kim")
+    prompts = [prompt_ids(tok, [{"role": "user", "content": text}]) for text in texts]
+    answers = sample(lm, tok, prompts, 0.0, 6, 1)
+    for prompt, (text, how) in zip(prompts, answers, strict=True):
         new = naive_greedy(lm, prompt, 6)
-        assert min(new) == 2 or min(new) >= 7
-        assert response_ids(tok, text, how == "stop", 6) == (new[:new.index(2) + 1] if 2 in new else new)
+        assert min(new) == 2 or min(new) >= FIRST_LETTER
+        if 2 in new:
+            new = new[: new.index(2) + 1]
+        assert response_ids(tok, text, how == "stop", 6) == new
 
 
 # ---------------------------------------------------------------- an outside opinion
 
 
-def test_the_loss_is_that_of_trl(tmp_path):
-    """TRL's DPOTrainer on the same rows, policy and reference: the same log-probs per side, loss and gradient."""
-    trl = pytest.importorskip("trl")
+def say(role: str, text: str) -> list[dict]:
+    """One message."""
+    return [{"role": role, "content": text}]
+
+
+def step_of_trl(trl, policy, reference, rows: list[dict], folder):
+    """DPOTrainer's batch of these rows and its loss, of which policy has the gradient: beta 0.3."""
     from datasets import Dataset
+
+    trainer = trl.DPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=trl.DPOConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=len(rows),
+            beta=0.3,
+            use_cpu=True,
+            bf16=False,
+            fp16=False,
+            report_to=[],
+            max_length=None,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=toy.tokenizer(),
+    )
+    examples = [trainer.train_dataset[i] for i in range(len(rows))]
+    batch = trainer._prepare_inputs(trainer.data_collator(examples))
+    loss = trainer.compute_loss(policy, batch)
+    loss.backward()
+    return batch, loss.item()
+
+
+def test_the_loss_is_that_of_trl(tmp_path):
+    """TRL's DPOTrainer on the same rows and models has the same ids, loss and gradient."""
+    trl = pytest.importorskip("trl")
     tok, policy, reference = toy.tokenizer(), tiny_lm(1), tiny_lm(1)
     torch.manual_seed(0)
     for p in policy.parameters():
         p.data += 0.05 * torch.randn_like(p)
-    texts = [("fed", "def", "fed"), ("hgfedc", "cdefgh", "hg"), ("ba", "ab", "abc"), ("pondm", "p", "dmnop")]
-    say = lambda role, text: [{"role": role, "content": text}]
-    rows = [{"prompt": say("user", x), "chosen": say("assistant", y), "rejected": say("assistant", z)} for x, y, z in texts]
-    args = trl.DPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, beta=0.3, use_cpu=True, bf16=False, fp16=False, report_to=[], max_length=None,
-                         gradient_checkpointing=False, disable_tqdm=True, dataloader_pin_memory=False)
+    rows, pairs = [], []
+    for prompt, chosen, rejected in (
+        ("fed", "def", "fed"),
+        ("hgfedc", "cdefgh", "hg"),
+        ("ba", "ab", "abc"),
+        ("pondm", "p", "dmnop"),
+    ):
+        row = {
+            "prompt": say("user", prompt),
+            "chosen": say("assistant", chosen),
+            "rejected": say("assistant", rejected),
+        }
+        rows.append(row)
+        chosen_ids = response_ids(tok, chosen, True, LONG)
+        rejected_ids = response_ids(tok, rejected, True, LONG)
+        pairs.append(Pair(prompt_ids(tok, row["prompt"]), chosen_ids, rejected_ids, prompt))
+
+    # 1. theirs
     theirs = copy.deepcopy(policy)
-    trainer = trl.DPOTrainer(model=theirs, ref_model=copy.deepcopy(reference), args=args, train_dataset=Dataset.from_list(rows), processing_class=tok)
-    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
-    loss = trainer.compute_loss(theirs, batch)
-    loss.backward()
-    pairs = [(prompt_ids(tok, row["prompt"]), response_ids(tok, y, True, 99), response_ids(tok, z, True, 99)) for row, (_, y, z) in zip(rows, texts)]
-    ids, mask = stack(pairs)
-    logps = Scorer(policy)(ids, mask)
+    batch, loss = step_of_trl(trl, theirs, copy.deepcopy(reference), rows, tmp_path)
+
+    # 2. ours
+    ids, mask = collate_pairs(pairs, "cpu")
+    logps = by_pair(Scorer(policy)(ids, mask))
     with torch.no_grad():
-        ref_logps = Scorer(reference)(ids, mask)
-    mine = preference_losses(preference_margin(logps, ref_logps, 0.3)).mean()
-    assert mine.item() == pytest.approx(loss.item(), abs=1e-5) and abs(mine.item() - math.log(2)) > 1e-2
-    assert model_losses(logps, ref_logps, 0.3).mean().item() == pytest.approx(loss.item(), abs=1e-5)
+        ref_logps = by_pair(Scorer(reference)(ids, mask))
+    chosen_reward, rejected_reward = implicit_rewards(logps, ref_logps, 0.3)
+    mine = preference_losses(chosen_reward - rejected_reward).mean()
     mine.backward()
+
+    # 3. they are the same
+    assert mine.item() == pytest.approx(loss, abs=1e-5)
+    assert abs(mine.item() - math.log(2)) > 1e-2
+    assert model_losses(logps, ref_logps, 0.3).mean().item() == pytest.approx(loss, abs=1e-5)
     for p, q in zip(policy.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4)
-    assert batch["input_ids"].tolist() == ids.tolist() and batch["completion_mask"].bool().tolist() == mask.tolist()
+    assert batch["input_ids"].tolist() == ids.tolist()
+    assert batch["completion_mask"].bool().tolist() == mask.tolist()

@@ -1,4 +1,8 @@
-"""Whole runs of dnpo.py and generate.py: any number of ranks, any interruption, and the numbers of the report, recomputed."""
+"""Whole runs of dnpo.py and generate.py: any number of ranks, any interruption.
+
+And the numbers of the report, recomputed from the run's files.
+"""
+
 import json
 import math
 import signal
@@ -7,19 +11,39 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, assert_close, dnpo_flags, forked, lines, metrics, results, run, script, weights
+from conftest import (
+    ROOT,
+    assert_close,
+    dnpo_flags,
+    forked,
+    lines,
+    metrics,
+    results,
+    run,
+    script,
+    weights,
+)
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 import common
 import dnpo
 import generate
+import job
+import toy
 import tso
+from common import Answer, Model, Pair
 
 
 @pytest.fixture(scope="module")
 def flags(world):
-    """Two iterations of three steps, the last one smaller, strong noise; returns flags for a folder."""
-    return lambda out, **more: dnpo_flags(world, out=out, **({"limit": 37, "noise_init": 0.5, "noise_lr": 1e-2, "lr": 2e-4} | more))
+    """Two iterations of three steps, the last one smaller, strong noise: flags for a folder."""
+
+    def flags_for(out, **more):
+        values = {"out": out, "limit": 37, "noise_init": 0.5, "noise_lr": 1e-2, "lr": 2e-4}
+        values.update(more)
+        return dnpo_flags(world, **values)
+
+    return flags_for
 
 
 @pytest.fixture(scope="module")
@@ -31,344 +55,784 @@ def plain(flags, tmp_path_factory):
     return folder / "run"
 
 
+class Killed(BaseException):
+    """Nothing in a script catches it."""
+
+
+def no_model(*args, **more):
+    pytest.fail("a model was loaded")
+
+
 # ---------------------------------------------------------------- ranks
 
 
-ALTERNATING = dict(noise_update="alternating", warmup_iterations=0)
+ALTERNATING = {"noise_update": "alternating", "warmup_iterations": 0}
 TWO_RANKS = """import json, shutil, sys
 sys.path.insert(0, sys.argv[1])
-import common, dnpo
+import torch.distributed as dist
+import dnpo
+import job
+
+runs = json.loads(sys.argv[2])
+save_state = job.save_state
+
 
 class Died(BaseException):
     pass
 
+
 def save_and_die(path, *args, **more):
-    common.save_state(path, *args, **more)
+    save_state(path, *args, **more)
     if "iter2" in str(path):
         raise Died
 
-dnpo.dist.init_process_group("gloo")  # one group for all runs
-dnpo.dist.init_process_group = dnpo.dist.destroy_process_group = lambda *args, **more: None
-for dies, flags in json.loads(sys.argv[2]):
-    dnpo.save_state, sys.argv[1:] = save_and_die if dies else common.save_state, [str(flag) for flag in flags]
+
+def do_nothing(*args, **more):
+    pass
+
+
+# one group for all runs
+dist.init_process_group("gloo")
+dist.init_process_group = dist.destroy_process_group = do_nothing
+
+for dies, flags in runs:
+    job.save_state = save_and_die if dies else save_state
+    sys.argv[1:] = [str(flag) for flag in flags]
     try:
         dnpo.main()
     except Died:
-        if common.ranks()[0] == 0:
+        if job.on_rank_0():
             shutil.copytree("resumed", "one/resumed")
 """
 
 
 @pytest.fixture(scope="module")
 def two(flags, tmp_path_factory):
-    """The same on two ranks, several times under one torchrun, whose start takes longer than a run: `replicated`, `sharded`, and `resumed`, a sharded
-    run that died after the first step with noise and went on with the reference offloaded; `one/resumed` is what it left behind."""
+    """Runs on two ranks under one torchrun, whose start takes longer than a run.
+
+    `replicated` and `sharded` are the plain run. `resumed` is a sharded run that died after the
+    first step with noise and went on with the reference offloaded; `one/resumed` is what it left
+    behind when it died. `alternating-ddp` and `alternating-fsdp` alternate.
+    """
     folder = tmp_path_factory.mktemp("two")
     (folder / "two.py").write_text(TWO_RANKS)
-    runs = [(False, flags("replicated", parallel="ddp", micro_batch=4)), (False, flags("sharded", parallel="fsdp", micro_batch=4)),
-            (True, flags("resumed", parallel="fsdp", micro_batch=4)), (False, [*flags("resumed", parallel="fsdp", micro_batch=4), "--resume", "--offload_reference"]),
-            *((False, flags(f"alternating-{way}", parallel=way, micro_batch=4, activation_checkpointing=True, **ALTERNATING)) for way in ("ddp", "fsdp"))]
-    done = script(str(folder / "two.py"), ROOT, json.dumps(runs, default=str), cwd=folder, ranks=2)
+    sharded = {"parallel": "fsdp", "micro_batch": 4}
+    resumed = flags("resumed", **sharded)
+    runs = [  # whether it dies, flags
+        (False, flags("replicated", parallel="ddp", micro_batch=4)),
+        (False, flags("sharded", **sharded)),
+        (True, resumed),
+        (False, [*resumed, "--resume", "--offload_reference"]),
+    ]
+    for way in ("ddp", "fsdp"):
+        alternating = flags(
+            f"alternating-{way}",
+            parallel=way,
+            micro_batch=4,
+            activation_checkpointing=True,
+            **ALTERNATING,
+        )
+        runs.append((False, alternating))
+
+    done = script(
+        str(folder / "two.py"),
+        ROOT,
+        json.dumps(runs, default=str),
+        cwd=folder,
+        ranks=2,
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.mark.parametrize("name", ["replicated", "sharded"])
 def test_two_ranks_do_what_one_does(plain, two, name):
-    """Samples and labels are the same bytes; losses, noise, gradient norms and weights agree after every step of both iterations.
-    The last step has 5 pairs: on two ranks one place is filled with a pair of weight 0."""
+    """Samples and labels are the same bytes; losses, noise, gradient norms and weights agree.
+
+    They do after every step of both iterations. The last step has 5 pairs: on two ranks one place
+    is filled with a pair of weight 0.
+    """
     out = two / name
-    assert [r["pairs"] for r in results(plain)["iterations"][1:]] == [37, 37] and len(metrics(out)) == len(metrics(plain)) == 6
-    for k, (first, last), close, near in ((1, (0, 3), dict(rel=1e-4, abs=1e-5), 2e-5), (2, (3, 6), dict(rel=1e-3, abs=1e-4), 1e-4)):
+    alone, together = metrics(plain), metrics(out)
+    assert [result["pairs"] for result in results(plain)["iterations"][1:]] == [37, 37]
+    assert len(alone) == 6
+    assert len(together) == 6
+
+    for a, b in zip(alone[:3], together[:3]):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+    for a, b in zip(alone[3:], together[3:]):  # a model that has drifted, and noise
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-4)
+        assert b["noise/std"] > 0.4
+
+    for iteration, tolerance in (("iter1", 2e-5), ("iter2", 1e-4)):
         for file in ("responses.jsonl", "pairs.jsonl"):
-            assert (out / f"iter{k}" / file).read_bytes() == (plain / f"iter{k}" / file).read_bytes()
-        for a, b in zip(metrics(plain)[first:last], metrics(out)[first:last]):
-            assert b == pytest.approx(a, **close) and (k == 1 or b["noise/std"] > 0.4)
-        assert_close(weights(plain / f"iter{k}/checkpoint"), weights(out / f"iter{k}/checkpoint"), atol=near)
+            mine = (out / iteration / file).read_bytes()
+            assert mine == (plain / iteration / file).read_bytes()
+        trained = weights(plain / iteration / "checkpoint")
+        assert_close(trained, weights(out / iteration / "checkpoint"), atol=tolerance)
 
 
 def test_alternating_updates_are_the_same_on_two_ranks_too(two, flags):
-    """A noise step, then a model step, each with a forward pass of the other that has no backward pass: one process, DDP and FSDP agree."""
-    assert forked(dnpo, *flags(two / "alternating", **ALTERNATING)) == 0
+    """A noise step, then a model step: one process, DDP and FSDP agree.
+
+    Each has a forward pass of the other that has no backward pass.
+    """
+    alone = two / "alternating"
+    assert forked(dnpo, *flags(alone, **ALTERNATING)) == 0
+    trained = weights(alone / "iter1/checkpoint")
     for way in ("ddp", "fsdp"):
-        for a, b in zip(metrics(two / "alternating"), metrics(two / f"alternating-{way}"), strict=True):
+        out = two / f"alternating-{way}"
+        for a, b in zip(metrics(alone), metrics(out), strict=True):
             assert b == pytest.approx(a, rel=1e-3, abs=1e-4)
-        assert_close(weights(two / "alternating/iter1/checkpoint"), weights(two / f"alternating-{way}/iter1/checkpoint"), atol=1e-4)
+        assert_close(trained, weights(out / "iter1/checkpoint"), atol=1e-4)
 
 
-class Left(Exception):
-    pass
+def train_dnpo(c, pairs: list[Pair], start: Model, folder: Path):
+    dnpo.train(c, dnpo.Iteration(1, dsl=True, npo=True, folder=folder), pairs, start)
 
 
-@pytest.mark.parametrize("module, where, noise", [(dnpo, (1,), (True,)), (tso, (1, "1.1"), ())])
-def test_an_offloaded_reference_leaves_the_device(monkeypatch, world, tmp_path, module, where, noise):
-    """The reference's layers, and no other part of it or of the policy, get FSDP's offloading and go to the CPU, once the state is loaded: torch loads only what is on one device."""
-    given, happened, fully_shard = {}, [], module.fully_shard
+def train_tso(c, pairs: list[Pair], start: Model, folder: Path):
+    tso.train(c, tso.Slice(1, 1, 1, [], folder), pairs, start)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("module, train", [(dnpo, train_dnpo), (tso, train_tso)])
+def test_an_offloaded_reference_leaves_the_device(
+    monkeypatch, one_rank, world, tmp_path, module, train
+):
+    """The reference's layers are FSDP's to offload, and go to the CPU once the state is loaded.
+
+    No other part of it does, nor of the policy. torch loads only what is on one device.
+    """
+    policies, happened, fully_shard = {}, [], module.fully_shard
+
+    def note_policy(part, **options):
+        policies[part] = options.get("offload_policy")
+        return fully_shard(part, **options)
+
+    def note_load(path, parts):
+        happened.append("loaded")
+        return {"step": 0}
 
     def leave(layers):
         happened.append(list(layers))
-        raise Left
-    monkeypatch.setattr(module, "fully_shard", lambda part, **how: given.update({part: how.get("offload_policy")}) or fully_shard(part, **how))
-    monkeypatch.setattr(module, "load_state", lambda path, parts: happened.append("loaded") or {"step": 0})
+        raise Killed
+
+    monkeypatch.setattr(module, "fully_shard", note_policy)
+    monkeypatch.setattr(job, "load_state", note_load)
     monkeypatch.setattr(torch.nn.ModuleList, "cpu", leave)
     monkeypatch.setenv("RANK", "0")
     (tmp_path / "state.pt").touch()
     c = module.Config(parallel="fsdp", offload_reference=True, batch=4, dtype="float32")
-    pairs = [([1, 2], [3, 4], [5], str(i)) for i in range(4)]
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with pytest.raises(Left):
-            module.train(c, *where, pairs, str(world / "sft"), tmp_path, None, torch.device("cpu"), *noise)
-    finally:
-        dist.destroy_process_group()
-    offloaded = [part for part, policy in given.items() if isinstance(policy, CPUOffloadPolicy)]
-    assert happened == ["loaded", offloaded] and len(offloaded) * 2 + 2 == len(given) and not any(p.requires_grad for part in offloaded for p in part.parameters())
+    pairs = [Pair([1, 2], [3, 4], [5], str(i)) for i in range(4)]
+    start = Model(str(world / "sft"), None, torch.device("cpu"), torch.float32)
+    with pytest.raises(Killed):
+        train(c, pairs, start, tmp_path)
+
+    offloaded = []
+    for part, policy in policies.items():
+        if isinstance(policy, CPUOffloadPolicy):
+            offloaded.append(part)
+    assert happened == ["loaded", offloaded]
+    assert len(offloaded) * 2 + 2 == len(policies)  # of two models, each layers and a root
+    for part in offloaded:
+        assert not any(p.requires_grad for p in part.parameters())
 
 
 def test_none_under_torchrun_is_refused(monkeypatch, flags, tmp_path, capsys):
     """Two ranks that would train apart are an error, not two runs."""
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, dnpo, *flags(tmp_path / "run", parallel="none"))
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: --parallel none") and not (tmp_path / "run").exists()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --parallel none")
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- interruptions
 
 
+def die_after_saving(monkeypatch):
+    """Killed, as soon as a training state is saved."""
+    save_state = job.save_state
+
+    def save_and_die(*args, **more):
+        save_state(*args, **more)
+        raise Killed
+
+    monkeypatch.setattr(job, "save_state", save_and_die)
+
+
 @pytest.mark.parametrize("update", ["joint", "alternating"])
 def test_six_steps_are_three_and_resume_and_three(monkeypatch, flags, tmp_path, update):
-    """Model, optimizer, noise head and its optimizer, learning rate, order and noise go on bit for bit; no line of metrics stands twice."""
-    more = dict(noise_update=update, warmup_iterations=0, epochs=2, save_every=3)
-    run(monkeypatch, dnpo, *flags(tmp_path / "whole", **more))
+    """Model, noise head, their optimizers, learning rate, order and noise go on bit for bit.
 
-    class Killed(BaseException):
-        pass
+    No line of metrics stands twice.
+    """
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    more = {"noise_update": update, "warmup_iterations": 0, "epochs": 2, "save_every": 3}
+    run(monkeypatch, dnpo, *flags(whole, **more))
 
-    def save_and_die(*args, **kwargs):
-        common.save_state(*args, **kwargs)
-        raise Killed
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(dnpo, "save_state", save_and_die)
-        run(patch, dnpo, *flags(tmp_path / "halves", **more))
-    extra = dict(metrics(tmp_path / "halves")[-1], step=4)  # measured, but after the saved state: must be measured again
-    with open(tmp_path / "halves/metrics.jsonl", "a") as file:
-        file.write(json.dumps(extra) + '\n{"iteration": 1, "st')
-    run(monkeypatch, dnpo, *flags(tmp_path / "halves", **more), "--resume")
-    assert [m["step"] for m in metrics(tmp_path / "halves")] == [1, 2, 3, 4, 5, 6]
-    assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
-    assert_close(weights(tmp_path / "halves/iter1/checkpoint"), weights(tmp_path / "whole/iter1/checkpoint"), atol=0)
-    assert len({m["noise/std"] for m in metrics(tmp_path / "whole")}) == 6  # the noise did move
+        die_after_saving(patch)
+        run(patch, dnpo, *flags(halves, **more))
+    # measured, but after the saved state: must be measured again
+    after_saving = {**metrics(halves)[-1], "step": 4}
+    with open(halves / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(after_saving) + "\n")
+        file.write('{"iteration": 1, "st')
+
+    run(monkeypatch, dnpo, *flags(halves, **more), "--resume")
+    assert [line["step"] for line in metrics(halves)] == [1, 2, 3, 4, 5, 6]
+    assert metrics(halves) == metrics(whole)
+    trained = weights(whole / "iter1/checkpoint")
+    assert_close(weights(halves / "iter1/checkpoint"), trained, atol=0)
+    assert len({line["noise/std"] for line in metrics(whole)}) == 6  # the noise did move
 
 
-def test_sharded_training_goes_on_bit_for_bit_and_on_any_number_of_ranks(monkeypatch, plain, two, flags):
-    """A sharded run that dies with the noise in training: two ranks go on as if nothing had been, one process with what two had saved."""
-    assert metrics(two / "resumed") == metrics(two / "sharded") and results(two / "resumed") == results(two / "sharded")
-    assert_close(weights(two / "resumed/iter2/checkpoint"), weights(two / "sharded/iter2/checkpoint"), atol=0)
+def test_sharded_training_goes_on_bit_for_bit_and_on_any_number_of_ranks(
+    monkeypatch, plain, two, flags
+):
+    """A sharded run that dies with the noise in training can go on.
+
+    Two ranks go on as if nothing had been, one process with what two had saved.
+    """
+    resumed, sharded = two / "resumed", two / "sharded"
+    assert metrics(resumed) == metrics(sharded)
+    assert results(resumed) == results(sharded)
+    trained = weights(sharded / "iter2/checkpoint")
+    assert_close(weights(resumed / "iter2/checkpoint"), trained, atol=0)
+
     monkeypatch.chdir(two / "one")
-    assert [(m["iteration"], m["step"]) for m in metrics(two / "one/resumed")] == [(1, 1), (1, 2), (1, 3), (2, 1)]
+    left = two / "one/resumed"
+    steps = [(line["iteration"], line["step"]) for line in metrics(left)]
+    assert steps == [(1, 1), (1, 2), (1, 3), (2, 1)]
     assert forked(dnpo, *flags("resumed", parallel="fsdp", micro_batch=4), "--resume") == 0
-    assert [m["step"] for m in metrics(two / "one/resumed")] == [1, 2, 3, 1, 2, 3]
-    assert_close(weights(two / "one/resumed/iter2/checkpoint"), weights(plain / "iter2/checkpoint"), atol=1e-4)
+    assert [line["step"] for line in metrics(left)] == [1, 2, 3, 1, 2, 3]
+    trained = weights(plain / "iter2/checkpoint")
+    assert_close(weights(left / "iter2/checkpoint"), trained, atol=1e-4)
 
 
-KILLS = [("in", "iter 0: answer"), ("before", "iter0/answers.jsonl"), ("in", "iter 0: judge"), ("in", "iter 1: sample"), ("after", "iter1/responses.jsonl"),
-         ("in", "iter 1: label"), ("in", "iter 1"), ("before", "iter1/state.pt"), ("after", "iter1/state.pt"), ("in", "iter 1"), ("before", "iter1/checkpoint"),
-         ("after", "iter1/checkpoint"), ("in", "iter 1: sample again"), ("in", "iter 1: log-probs"), ("in", "iter 2: sample"), ("after", "iter2/pairs.jsonl"),
-         ("after", "iter2/state.pt"), ("in", "iter 2"), ("before", "iter2/checkpoint"), ("in", "iter 2: answer"), ("before", "results.json"),
-         ("before", "samples.md")]
+KILLS = [
+    ("in", "iter 0: answer"),
+    ("before", "iter0/answers.jsonl"),
+    ("in", "iter 0: judge"),
+    ("in", "iter 1: sample"),
+    ("after", "iter1/responses.jsonl"),
+    ("in", "iter 1: label"),
+    ("in", "iter 1"),
+    ("before", "iter1/state.pt"),
+    ("after", "iter1/state.pt"),
+    ("in", "iter 1"),
+    ("before", "iter1/checkpoint"),
+    ("after", "iter1/checkpoint"),
+    ("in", "iter 1: sample again"),
+    ("in", "iter 1: log-probs"),
+    ("in", "iter 2: sample"),
+    ("after", "iter2/pairs.jsonl"),
+    ("after", "iter2/state.pt"),
+    ("in", "iter 2"),
+    ("before", "iter2/checkpoint"),
+    ("in", "iter 2: answer"),
+    ("before", "results.json"),
+    ("before", "samples.md"),
+]
+CHANGING = {"results.json", "metrics.jsonl", "run.json", "config.json"}
+# these hold clocks or the folder's name
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """A run's files by name, but for the judge's cache."""
+    files = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.parent.name != "judge":
+            files[str(path.relative_to(folder))] = path
+    return files
 
 
 def test_a_run_killed_in_every_phase_ends_with_the_same_results(flags, tmp_path):
-    """SIGKILL while sampling, labelling, training, saving, renaming and measuring; --resume each time; all files are those of a run left alone."""
-    more = dict(limit=45, sample_batch=5, batch=5, micro_batch=5, save_every=4)
+    """SIGKILL in and around every phase, --resume each time: the files of a run left alone."""
+    more = {"limit": 45, "sample_batch": 5, "batch": 5, "micro_batch": 5, "save_every": 4}
     assert forked(dnpo, *flags(tmp_path / "whole", **more)) == 0
-    for i, kill in enumerate(KILLS):
-        resume = ["--resume"] * (i > 0)
-        assert forked(dnpo, *flags(tmp_path / "killed", **more), *resume, kill=kill) == -signal.SIGKILL, f"never came to {kill}"
-    assert forked(dnpo, *flags(tmp_path / "killed", **more), "--resume") == 0
-    assert results(tmp_path / "killed") == results(tmp_path / "whole") and metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    files = lambda folder: {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and p.parent.name != "judge"}
-    killed, whole = files(tmp_path / "killed"), files(tmp_path / "whole")
+
+    again = flags(tmp_path / "killed", **more)
+    for kill in KILLS:
+        assert forked(dnpo, *again, kill=kill) == -signal.SIGKILL, f"never came to {kill}"
+        again = [*flags(tmp_path / "killed", **more), "--resume"]
+    assert forked(dnpo, *again) == 0
+
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    killed, whole = files_of(tmp_path / "killed"), files_of(tmp_path / "whole")
     assert killed.keys() == whole.keys()
-    for name in whole.keys() - {"results.json", "metrics.jsonl", "run.json", "config.json"}:  # these hold clocks or the folder's name
+    for name in whole.keys() - CHANGING:
         assert killed[name].read_bytes() == whole[name].read_bytes(), name
 
 
 def test_a_finished_run_resumed_stays_as_it_is(monkeypatch, plain, flags):
     """Nothing is sampled, trained or measured again; more iterations may be asked for."""
-    before, files = results(plain), {p: p.read_bytes() for p in plain.rglob("*.jsonl")}
+    before = results(plain)
+    files = {path: path.read_bytes() for path in plain.rglob("*.jsonl")}
     monkeypatch.chdir(plain.parent)
-    for module in (dnpo, common):
-        monkeypatch.setattr(module, "load_lm", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(dnpo, "load_lm", no_model)
+    monkeypatch.setattr(common, "load_lm", no_model)
     run(monkeypatch, dnpo, *flags("run"), "--resume")
-    assert results(plain) == before and {p: p.read_bytes() for p in plain.rglob("*.jsonl")} == files
+    assert results(plain) == before
+    assert {path: path.read_bytes() for path in plain.rglob("*.jsonl")} == files
 
 
 # ---------------------------------------------------------------- generate.py
 
 
+def generate_flags(world: Path, out: Path, **more) -> list:
+    """Flags of a run of generate.py."""
+    flags = ["--model", world / "sft", "--data", world / "train.jsonl", "--out", out]
+    for name, value in more.items():
+        flags += [f"--{name}", value]
+    return flags
+
+
 def test_a_killed_generate_goes_on_and_loses_and_repeats_no_row(world, tmp_path):
-    """Killed after some batches and started again, by one process or two, the file has the same bytes as one left alone."""
-    flags = ["--model", world / "sft", "--data", world / "train.jsonl", "--samples", 2, "--max_new_tokens", 12, "--batch", 8]
-    assert forked(generate, *flags, "--out", tmp_path / "whole.jsonl") == 0
+    """Killed after some batches and started again, the file has the bytes of one left alone.
+
+    By one process, or by two.
+    """
+    more = {"samples": 2, "max_new_tokens": 12, "batch": 8}
+    whole = tmp_path / "whole.jsonl"
+    assert forked(generate, *generate_flags(world, whole, **more)) == 0
+
     for name, ranks in (("one.jsonl", 1), ("two.jsonl", 2)):
         out = tmp_path / name
-        assert forked(generate, *flags, "--out", out, kill=("in", out.stem)) == -signal.SIGKILL and not out.exists()
-        with open(f"{out}.part0", "a") as file:
+        flags = generate_flags(world, out, **more)
+        assert forked(generate, *flags, kill=("in", out.stem)) == -signal.SIGKILL
+        assert not out.exists()
+        part = Path(f"{out}.part0")
+        with open(part, "a") as file:
             file.write('{"stamp": "torn')
+
         if ranks == 1:
-            assert forked(generate, *flags, "--out", out, kill=("before", name)) == -signal.SIGKILL
-            assert len(Path(f"{out}.part0").read_text().splitlines()) == 1 + 30 + 1  # an empty line, 30 batches, the torn one: none is drawn twice
-        assert (forked(generate, *flags, "--out", out) if ranks == 1 else script("generate.py", *flags, "--out", out, cwd=tmp_path, ranks=2).returncode) == 0
-        assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not list(tmp_path.glob(f"{name}.*"))
-    rows = lines(tmp_path / "whole.jsonl")
-    assert [(r["id"], r["meta"]["sample"]) for r in rows] == [(r["id"], j) for r in lines(world / "train.jsonl") for j in (0, 1)]
+            assert forked(generate, *flags, kill=("before", name)) == -signal.SIGKILL
+            # an empty line, 30 batches, the torn one: none is drawn twice
+            assert len(part.read_text().splitlines()) == 1 + 30 + 1
+            assert forked(generate, *flags) == 0
+        else:
+            done = script("generate.py", *flags, cwd=tmp_path, ranks=2)
+            assert done.returncode == 0, done.stderr
+        assert out.read_bytes() == whole.read_bytes()
+        assert not list(tmp_path.glob(f"{name}.*"))
+
+    asked = []
+    for row in lines(world / "train.jsonl"):
+        asked += [(row["id"], 0), (row["id"], 1)]
+    assert [(row["id"], row["meta"]["sample"]) for row in lines(whole)] == asked
 
 
 def test_an_answer_is_cut_at_max_new_tokens_and_says_so(monkeypatch, world, tmp_path):
-    """finish is "length" exactly for the answers that did not end by themselves; one token is one letter here."""
-    run(monkeypatch, generate, "--model", world / "sft", "--data", world / "train.jsonl", "--out", tmp_path / "short.jsonl", "--max_new_tokens", 3)
-    rows = lines(tmp_path / "short.jsonl")
-    assert all(len(r["response"]) <= (3 if r["meta"]["finish"] == "length" else 2) for r in rows)  # <unk> and the like are not shown
-    assert sum(r["meta"]["finish"] == "length" and len(r["response"]) == 3 for r in rows) > 60
+    """finish is "length" exactly for the answers that did not end by themselves.
+
+    One token is one letter here; <unk> and the like are not shown.
+    """
+    out = tmp_path / "short.jsonl"
+    run(monkeypatch, generate, *generate_flags(world, out, max_new_tokens=3))
+    whole_length = 0
+    for row in lines(out):
+        cut = row["meta"]["finish"] == "length"
+        assert len(row["response"]) <= (3 if cut else 2)
+        if cut and len(row["response"]) == 3:
+            whole_length += 1
+    assert whole_length > 60
 
 
 def test_going_on_with_other_settings_is_refused(monkeypatch, world, tmp_path, capsys):
     """Batches of another temperature or model do not mix into one file."""
-    (tmp_path / "a.jsonl.part0").write_text('{"stamp": "0123456789abcdef", "batch": 0, "rows": []}\n')
+    begun = {"stamp": "0123456789abcdef", "batch": 0, "rows": []}
+    (tmp_path / "a.jsonl.part0").write_text(json.dumps(begun) + "\n")
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, generate, "--model", world / "sft", "--data", world / "train.jsonl", "--out", tmp_path / "a.jsonl")
-    assert stop.value.code == 2 and "was begun with other settings" in capsys.readouterr().err
+        run(monkeypatch, generate, *generate_flags(world, tmp_path / "a.jsonl"))
+    assert stop.value.code == 2
+    assert "was begun with other settings" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize(
+    "dsl, ties, annotated, generated, chosen, why",
+    [
+        (True, "keep", 7, 3, "annotated", None),
+        (True, "keep", 3, 7, "generated", None),
+        (True, "keep", 5, 5, "annotated", None),
+        (True, "drop", 5, 5, "annotated", "tie"),
+        (True, "drop", 3, 7, "generated", None),
+        (True, "keep", None, 7, "annotated", "unreadable"),
+        (True, "keep", 3, None, "annotated", "unreadable"),
+        (True, "drop", None, None, "annotated", "unreadable"),
+        (False, "drop", None, None, "annotated", None),
+    ],
+)
+def test_a_row_has_the_better_answer_on_top_or_says_why_it_is_left_out(
+    dsl, ties, annotated, generated, chosen, why
+):
+    """DSL swaps for a higher score only; a judgement that can't be read leaves the row out."""
+    row = {"id": "r", "prompt": [{"role": "user", "content": "ba"}]}
+    answers = {
+        "annotated": Answer("ab", True, annotated),
+        "generated": Answer("ba", False, generated),
+    }
+    at = dnpo.Iteration(2, dsl, npo=False, folder=Path("iter2"))
+    made = dnpo.preference_row(dnpo.Config(ties=ties), at, row, **answers)
+
+    rejected = "generated" if chosen == "annotated" else "annotated"
+    assert made == {
+        "id": "r",
+        "prompt": row["prompt"],
+        "chosen": answers[chosen].text,
+        "rejected": answers[rejected].text,
+        "meta": {
+            "iteration": 2,
+            "swapped": chosen == "generated",
+            "why": why,
+            "score_annotated": annotated,
+            "score_generated": generated,
+            "chosen_ended": answers[chosen].ended,
+            "rejected_ended": answers[rejected].ended,
+        },
+    }
+
+
+def labelled(name: str, why: str | None = None) -> dict:
+    """A preference row that is trained on, or left out."""
+    prompt = [{"role": "user", "content": "ba"}]
+    row = {"id": name, "prompt": prompt, "chosen": "ab", "rejected": "ba"}
+    return {**row, "meta": {"why": why}}
+
+
+@pytest.mark.parametrize("mix, trained", [(True, ["a", "d"]), (False, ["a"])])
+def test_rows_that_are_left_out_are_left_out_of_the_next_iteration_too(mix, trained):
+    """What is counted is this iteration's; of the previous one only usable rows are mixed in."""
+    pairs = [labelled("a"), labelled("b", "tie"), labelled("c", "unreadable")]
+    previous = [labelled("d"), labelled("e", "tie"), labelled("f", "unreadable")]
+    at = dnpo.Iteration(2, dsl=True, npo=True, folder=Path("iter2"))
+    c = dnpo.Config(mix_previous=mix)
+    encoded, left_out = dnpo.encode(c, at, toy.tokenizer(), pairs, previous)
+    assert [pair.id for pair in encoded] == trained
+    assert left_out == {"tie": 1, "unreadable": 1}
 
 
 # ---------------------------------------------------------------- what a run reports
 
 
 def toy_score(prompt: str, answer: str) -> float:
+    """10 x (letters in their places) / (length of the longer one)."""
     right = sorted(prompt)
-    return 10 * len([1 for i in range(min(len(right), len(answer))) if right[i] == answer[i]]) / max(len(right), len(answer))
+    hits = 0
+    for i in range(min(len(right), len(answer))):
+        if right[i] == answer[i]:
+            hits += 1
+    return 10 * hits / max(len(right), len(answer))
+
+
+def annotations(world: Path) -> dict[str, str]:
+    """The annotated answer to every prompt."""
+    rows = lines(world / "train.jsonl") + lines(world / "test.jsonl")
+    return {row["prompt"]: row["response"] for row in rows}
+
+
+def prompt_of(row: dict) -> str:
+    return row["prompt"][0]["content"]
+
+
+def check_scores(result: dict, rows: list[dict], annotated: dict[str, str]):
+    """An iteration's scores are those of its answers (test.jsonl) beside the annotations."""
+    total = full = wins = ties = losses = cut = 0
+    for row in rows:
+        prompt = prompt_of(row)
+        score = toy_score(prompt, row["response"])
+        other = toy_score(prompt, annotated[prompt])
+        total += score
+        full += score == 10
+        wins += score > other
+        ties += score == other
+        losses += score < other
+        cut += row["meta"]["finish"] == "length"
+    assert result["score"] == pytest.approx(total / 16)
+    assert result["full_marks"] == full / 16
+    assert result["win"] == wins / 16
+    assert result["tie"] == ties / 16
+    assert result["loss"] == losses / 16
+    assert result["cut"] == cut / 16
+
+
+def check_logps(result: dict, rows: list[dict]):
+    """An iteration's log-probs are the means of its logps.jsonl."""
+    for side in ("positive", "negative", "new"):
+        assert result[f"logp_{side}"] == sum(row[side] for row in rows) / 16
+    assert [row["id"] for row in rows] == [f"train-{i}" for i in range(16)]
+
+
+def check_labels(
+    result: dict, drawn: list[dict], pairs: list[dict], annotated: dict[str, str], dsl: bool
+):
+    """Under DSL the better answer is chosen, else the annotation; only a sample may be cut."""
+    swapped = 0
+    for answer, pair in zip(drawn, pairs, strict=True):
+        prompt = prompt_of(answer)
+        own, sampled = annotated[prompt], answer["response"]
+        ended = answer["meta"]["finish"] == "stop"
+        if dsl and toy_score(prompt, sampled) > toy_score(prompt, own):
+            swapped += 1
+            assert (pair["chosen"], pair["rejected"]) == (sampled, own)
+            assert pair["meta"]["chosen_ended"] == ended
+            assert pair["meta"]["rejected_ended"]
+        else:
+            assert (pair["chosen"], pair["rejected"]) == (own, sampled)
+            assert pair["meta"]["chosen_ended"]
+            assert pair["meta"]["rejected_ended"] == ended
+    assert result["swapped"] == swapped / 37
 
 
 def test_the_reported_numbers_are_those_of_the_files(plain, world):
-    """score, full marks, win, tie, loss and swapped are recomputed from answers, annotations and the judge's rule."""
-    annotated = {r["prompt"]: r["response"] for name in ("train", "test") for r in lines(world / f"{name}.jsonl")}
+    """All are recomputed from answers, annotations and the judge's rule."""
+    annotated = annotations(world)
     report = json.loads((plain / "results.json").read_text())
-    assert [(r["iteration"], r["update"]) for r in report["iterations"]] == [(0, "start"), (1, "spin"), (2, "dnpo")]
-    assert report["seed"] == 0 and report["seconds"] >= 0  # 0.0 when a finished run was only read again
-    for r in report["iterations"]:
-        rows = lines(plain / f"iter{r['iteration']}/test.jsonl")
-        held_out = {row["prompt"] for row in lines(world / "test.jsonl")[:16]}
-        assert {row["prompt"][0]["content"] for row in rows} == held_out
-        pairs = [(toy_score(x, row["response"]), toy_score(x, annotated[x])) for row in rows for x in [row["prompt"][0]["content"]]]
-        assert r["score"] == pytest.approx(sum(s for s, _ in pairs) / 16) and r["full_marks"] == sum(s == 10 for s, _ in pairs) / 16
-        assert (r["win"], r["tie"], r["loss"]) == (sum(s > t for s, t in pairs) / 16, sum(s == t for s, t in pairs) / 16, sum(s < t for s, t in pairs) / 16)
-        assert r["cut"] == sum(row["meta"]["finish"] == "length" for row in rows) / 16
-    for k, dsl in ((1, False), (2, True)):
-        logps = lines(plain / f"iter{k}/logps.jsonl")
-        assert {f"logp_{side}": sum(row[side] for row in logps) / 16 for side in ("positive", "negative", "new")}.items() <= report["iterations"][k].items()
-        assert report["iterations"][k]["steps"] == 3 and [row["id"] for row in logps] == [f"train-{i}" for i in range(16)]
-        drawn, made = lines(plain / f"iter{k}/responses.jsonl"), lines(plain / f"iter{k}/pairs.jsonl")
-        swapped = 0
-        for y, row in zip(drawn, made, strict=True):
-            x = y["prompt"][0]["content"]
-            better = dsl and toy_score(x, y["response"]) > toy_score(x, annotated[x])
-            swapped += better
-            assert (row["chosen"], row["rejected"]) == ((y["response"], annotated[x]) if better else (annotated[x], y["response"]))
-            assert (row["meta"]["rejected_ended"], row["meta"]["chosen_ended"]) == ((True, True) if better else (y["meta"]["finish"] == "stop", True)) or better
-        assert report["iterations"][k]["swapped"] == swapped / 37
-    assert report["iterations"][2]["noise_std"] == metrics(plain)[-1]["noise/std"] and report["iterations"][1]["noise_std"] is None
-    assert report["iterations"][2]["grad_norm"] == pytest.approx(sum(m["grad_norm"] for m in metrics(plain)[3:]) / 3)
+    start, spin, npo = report["iterations"]
+    names = [(result["iteration"], result["update"]) for result in (start, spin, npo)]
+    assert names == [(0, "start"), (1, "spin"), (2, "dnpo")]
+    assert report["seed"] == 0
+    assert report["seconds"] >= 0  # 0.0 when a finished run was only read again
+
+    held_out = {row["prompt"] for row in lines(world / "test.jsonl")[:16]}
+    for result in (start, spin, npo):
+        rows = lines(plain / f"iter{result['iteration']}/test.jsonl")
+        assert {prompt_of(row) for row in rows} == held_out
+        check_scores(result, rows, annotated)
+
+    for folder, result, dsl in ((plain / "iter1", spin, False), (plain / "iter2", npo, True)):
+        assert result["steps"] == 3
+        check_logps(result, lines(folder / "logps.jsonl"))
+        drawn, pairs = lines(folder / "responses.jsonl"), lines(folder / "pairs.jsonl")
+        check_labels(result, drawn, pairs, annotated, dsl)
+
+    steps = metrics(plain)
+    assert spin["noise_std"] is None
+    assert npo["noise_std"] == steps[-1]["noise/std"]
+    norms = [line["grad_norm"] for line in steps]
+    assert npo["grad_norm"] == pytest.approx(sum(norms[3:]) / 3)
+
+
+def test_every_iteration_goes_on_with_the_model_that_the_last_one_made(
+    monkeypatch, flags, world, tmp_path
+):
+    """Iteration k samples from pi_k, trains pi_k beside pi_k, and measures pi_{k+1}."""
+    out, load_lm, loaded = tmp_path / "run", common.load_lm, []
+
+    def note_and_load(path, dtype, device):
+        loaded.append(path)
+        return load_lm(path, dtype, device)
+
+    monkeypatch.setattr(dnpo, "load_lm", note_and_load)
+    monkeypatch.setattr(common, "load_lm", note_and_load)
+    run(monkeypatch, dnpo, *flags(out, max_steps=1))
+
+    start = str(world / "sft")
+    first = str(out / "iter1/checkpoint")
+    second = str(out / "iter2/checkpoint")
+    assert loaded == [
+        start,  # held-out answers
+        *(start, start, start),  # iteration 1: samples, policy and reference of the training,
+        *(first, first, first),  # samples again, log-probs, held-out answers
+        *(first, first, first),  # iteration 2
+        *(second, second, second),
+    ]
 
 
 def test_an_iteration_without_noise_starts_at_ln_2_and_margin_0(plain):
-    """Policy and reference are the same model in the same shapes; with noise the margin of the first step is not 0."""
-    spin, noisy = metrics(plain)[0], metrics(plain)[3]
-    assert spin["loss"] == pytest.approx(math.log(2), abs=1e-6) and spin["rewards/margins"] == pytest.approx(0, abs=1e-6)
-    assert noisy["rewards/chosen"] == pytest.approx(0, abs=1e-6) and abs(noisy["rewards/margins"]) > 1e-2
+    """Policy and reference are the same model; with noise the first margin is not 0."""
+    steps = metrics(plain)
+    spin, noisy = steps[0], steps[3]
+    assert spin["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert spin["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert noisy["rewards/chosen"] == pytest.approx(0, abs=1e-6)
+    assert abs(noisy["rewards/margins"]) > 1e-2
 
 
-def test_reported_log_probs_are_the_trained_models(plain, world):
-    """logps.jsonl of iteration 2 against the saved checkpoint, one row at a time, with transformers' own logits."""
+def naive_logp(lm, tok, prompt: list[dict], text: str, ended: bool) -> float:
+    """log pi(y|x) from transformers' own logits of one sequence, in float64."""
+    x = tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    y = tok(text, add_special_tokens=False)["input_ids"]
+    if ended:
+        y = [*y, tok.eos_token_id]
+    logps = lm(torch.tensor([x + y])).logits[0].double().log_softmax(-1)
+    total = 0.0
+    for j, token in enumerate(y):
+        total += logps[len(x) - 1 + j, token].item()
+    return total
+
+
+def test_reported_log_probs_are_the_trained_models(plain):
+    """logps.jsonl of iteration 2 against the saved checkpoint, one row at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    lm, tok = (kind.from_pretrained(plain / "iter2/checkpoint") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    pairs, new, found = (lines(plain / f"iter2/{name}.jsonl") for name in ("pairs", "new", "logps"))
-    for pair, sample, row in list(zip(pairs, new, found))[:4]:
-        for side, text, ended in (("positive", pair["chosen"], pair["meta"]["chosen_ended"]), ("negative", pair["rejected"], pair["meta"]["rejected_ended"]),
-                                  ("new", sample["response"], sample["meta"]["finish"] == "stop")):
-            x = tok.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False)
-            y = tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id] * ended
-            logps = lm(torch.tensor([x + y])).logits[0].double().log_softmax(-1)
-            assert row[side] == pytest.approx(sum(logps[len(x) - 1 + j, t].item() for j, t in enumerate(y)), abs=1e-3)
+
+    folder = plain / "iter2"
+    lm = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+    tok = AutoTokenizer.from_pretrained(folder / "checkpoint")
+    pairs, new = lines(folder / "pairs.jsonl"), lines(folder / "new.jsonl")
+    found = lines(folder / "logps.jsonl")
+    for i in range(4):
+        prompt, ended = pairs[i]["prompt"], pairs[i]["meta"]
+        chosen = naive_logp(lm, tok, prompt, pairs[i]["chosen"], ended["chosen_ended"])
+        rejected = naive_logp(lm, tok, prompt, pairs[i]["rejected"], ended["rejected_ended"])
+        stopped = new[i]["meta"]["finish"] == "stop"
+        sampled = naive_logp(lm, tok, prompt, new[i]["response"], stopped)
+        assert found[i]["positive"] == pytest.approx(chosen, abs=1e-3)
+        assert found[i]["negative"] == pytest.approx(rejected, abs=1e-3)
+        assert found[i]["new"] == pytest.approx(sampled, abs=1e-3)
+
+
+def test_an_answer_that_was_cut_is_measured_without_an_end(monkeypatch, world, tmp_path):
+    """The log-prob of a new or a rejected answer has an end token in it only if it ended."""
+    source = str(world / "sft")
+    tok, _ = common.load_tokenizer(source)
+    model = Model(source, tok, torch.device("cpu"), torch.float32)
+    prompt = [{"role": "user", "content": "dacb"}]
+    pairs, new = [], []
+    for ended, finish in ((True, "stop"), (False, "length")):
+        meta = {"why": None, "chosen_ended": True, "rejected_ended": ended}
+        row = {"id": finish, "prompt": prompt, "chosen": "abcd", "rejected": "ab", "meta": meta}
+        pairs.append(row)
+        new.append({"response": "abc", "meta": {"finish": finish}})
+
+    def drawn(*args, **more):
+        return new
+
+    monkeypatch.setattr(common, "generate", drawn)
+    at = dnpo.Iteration(2, dsl=True, npo=True, folder=tmp_path)
+    dnpo.measure_logps(dnpo.Config(), at, model, pairs, sampling=None)
+
+    lm = model.load()
+    whole, cut = lines(tmp_path / "logps.jsonl")
+    for row, ended in ((whole, True), (cut, False)):
+        chosen = naive_logp(lm, tok, prompt, "abcd", True)
+        assert row["positive"] == pytest.approx(chosen, abs=1e-3)
+        rejected = naive_logp(lm, tok, prompt, "ab", ended)
+        assert row["negative"] == pytest.approx(rejected, abs=1e-3)
+        sampled = naive_logp(lm, tok, prompt, "abc", ended)
+        assert row["new"] == pytest.approx(sampled, abs=1e-3)
 
 
 def test_the_checkpoint_is_an_ordinary_model(plain):
-    """float32, tied weights once, with template and generation config; plain from_pretrained answers as the run's own sampler does."""
+    """float32, tied weights once, with a chat template; it answers as the run's own sampler."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     folder = plain / "iter2/checkpoint"
-    lm, tok = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert "lm_head.weight" not in weights(folder) and lm.lm_head.weight is lm.model.embed_tokens.weight and lm.dtype == torch.float32
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    tok = AutoTokenizer.from_pretrained(folder)
+    assert "lm_head.weight" not in weights(folder)
+    assert lm.lm_head.weight is lm.model.embed_tokens.weight
+    assert lm.dtype == torch.float32
+
     prompt = [{"role": "user", "content": "dacb"}]
-    ids = tok.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, ids.shape[1]:]
-    assert common.sample(lm, tok, [ids[0].tolist()], 0.0, 8, 0)[0][0] == tok.decode(out, skip_special_tokens=True)
+    ids = tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    batch = torch.tensor([ids])
+    attended = torch.ones_like(batch)
+    out = lm.generate(batch, attention_mask=attended, max_new_tokens=8, do_sample=False)
+    answer = tok.decode(out[0, len(ids) :], skip_special_tokens=True)
+    ((own, _),) = common.sample(lm, tok, [ids], 0.0, 8, 0)
+    assert own == answer
 
 
 def test_samples_show_three_prompts_after_every_iteration(plain):
-    """samples.md holds the annotated and each iteration's answer to the first three held-out prompts."""
+    """samples.md has the annotated and each iteration's answer to three held-out prompts."""
     text = (plain / "samples.md").read_text()
-    for k in range(3):
-        for i in range(3):
-            row = lines(plain / f"iter{i}/test.jsonl")[k]
-            assert f"## {row['prompt'][0]['content']}\n\nannotated: {row['annotated']}\n" in text and f"\niteration {i}: {row['response']}\n" in text
+    for i in range(3):
+        for row in lines(plain / f"iter{i}/test.jsonl")[:3]:
+            assert f"## {prompt_of(row)}\n\nannotated: {row['annotated']}\n" in text
+            assert f"\niteration {i}: {row['response']}\n" in text
 
 
-CELLS = {"spin": dict(labels="annotation", noise=False), "dsl": dict(noise=False), "npo": dict(labels="annotation"),
-         "alternating": dict(noise_update="alternating")}
+CELLS = {
+    "spin": {"labels": "annotation", "noise": False},
+    "dsl": {"noise": False},
+    "npo": {"labels": "annotation"},
+    "alternating": {"noise_update": "alternating"},
+}
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_cell_of_figure_8_runs(monkeypatch, flags, tmp_path, cell):
-    """SPIN, DSL alone, NPO alone and the alternating update; labels and noise are what the flags say, --max_steps is per iteration."""
-    run(monkeypatch, dnpo, *flags(tmp_path / "run", max_steps=2, **CELLS[cell]))
-    last, rows = results(tmp_path / "run")["iterations"][-1], metrics(tmp_path / "run")
-    assert [(m["iteration"], m["step"]) for m in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    assert (last["noise_std"] is not None) == (cell in ("npo", "alternating")) and last["update"] == ("spin" if cell == "spin" else "dnpo")
-    scored = [row["meta"]["score_generated"] for row in lines(tmp_path / "run/iter2/pairs.jsonl")]
-    assert all(s is None for s in scored) if cell in ("spin", "npo") else None not in scored
+    """SPIN, DSL alone, NPO alone and the alternating update: labels and noise are as asked.
+
+    --max_steps is per iteration.
+    """
+    out = tmp_path / "run"
+    run(monkeypatch, dnpo, *flags(out, max_steps=2, **CELLS[cell]))
+    steps = [(line["iteration"], line["step"]) for line in metrics(out)]
+    assert steps == [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+    last = results(out)["iterations"][-1]
+    noisy = last["noise_std"] is not None
+    assert noisy == (cell in ("npo", "alternating"))
+    assert last["update"] == ("spin" if cell == "spin" else "dnpo")
+    for row in lines(out / "iter2/pairs.jsonl"):
+        judged = row["meta"]["score_generated"] is not None
+        assert judged == (cell in ("dsl", "alternating"))
 
 
 def test_the_previous_iterations_pairs_are_mixed_in(monkeypatch, flags, tmp_path):
     """--mix_previous: iteration 2 trains on the pairs of 2 and 1, iteration 1 on its own."""
-    run(monkeypatch, dnpo, *flags(tmp_path / "run", mix_previous=True))
-    kept = [sum(row["chosen"] != row["rejected"] for row in lines(tmp_path / f"run/iter{k}/pairs.jsonl")) for k in (1, 2)]
-    assert [r["pairs"] for r in results(tmp_path / "run")["iterations"][1:]] == [kept[0], sum(kept)]
+    out = tmp_path / "run"
+    run(monkeypatch, dnpo, *flags(out, mix_previous=True))
+    kept = []
+    for name in ("iter1", "iter2"):
+        rows = lines(out / name / "pairs.jsonl")
+        kept.append(sum(row["chosen"] != row["rejected"] for row in rows))
+    _, first, second = results(out)["iterations"]
+    assert first["pairs"] == kept[0]
+    assert second["pairs"] == kept[0] + kept[1]
 
 
 def test_ties_are_dropped_and_counted_if_asked(monkeypatch, flags, tmp_path):
     """--ties drop leaves out exactly the pairs whose scores are equal."""
-    run(monkeypatch, dnpo, *flags(tmp_path / "run", ties="drop", warmup_iterations=0, max_steps=1))
-    rows = lines(tmp_path / "run/iter1/pairs.jsonl")
-    tied = [row for row in rows if row["meta"]["score_annotated"] == row["meta"]["score_generated"]]
-    report = results(tmp_path / "run")["iterations"][1]
-    assert all((row["meta"]["why"] == "tie") == (row in tied) for row in rows) and tied
-    assert report["left_out"]["tie"] == len(tied) and report["pairs"] == 37 - len(tied)
+    out = tmp_path / "run"
+    run(monkeypatch, dnpo, *flags(out, ties="drop", warmup_iterations=0, max_steps=1))
+    ties = 0
+    for row in lines(out / "iter1/pairs.jsonl"):
+        tied = row["meta"]["score_annotated"] == row["meta"]["score_generated"]
+        assert (row["meta"]["why"] == "tie") == tied
+        ties += tied
+    assert ties > 0
+    _, report = results(out)["iterations"]
+    assert report["left_out"]["tie"] == ties
+    assert report["pairs"] == 37 - ties
 
 
 def test_the_seed_decides_the_run(monkeypatch, flags, tmp_path):
     """The same seed gives the same results in another folder, another seed gives others."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(monkeypatch, dnpo, *flags(tmp_path / name, seed=seed, max_steps=1, warmup_iterations=0))
-    assert results(tmp_path / "a") == results(tmp_path / "b") and metrics(tmp_path / "a") == metrics(tmp_path / "b")
+        more = {"seed": seed, "max_steps": 1, "warmup_iterations": 0}
+        run(monkeypatch, dnpo, *flags(tmp_path / name, **more))
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
     assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(monkeypatch, flags, tmp_path, capsys):
     """The example's parts with and without loss, counts and steps; no folder, no model."""
-    for module in (dnpo, common):
-        monkeypatch.setattr(module, "load_lm", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(dnpo, "load_lm", no_model)
+    monkeypatch.setattr(common, "load_lm", no_model)
     run(monkeypatch, dnpo, *flags(tmp_path / "run"), "--dry_run")
     text = capsys.readouterr().out
-    assert "37 training, 16 held-out prompts" in text and "at most 3 steps" in text and "no loss: '<bos><|user|>" in text and "<eos>' (" in text
+    assert "37 training, 16 held-out prompts" in text
+    assert "at most 3 steps" in text
+    assert "no loss: '<bos><|user|>" in text
+    assert "<eos>' (" in text
     assert not list(tmp_path.iterdir())

@@ -1,148 +1,336 @@
-"""SamS: its equations against naive loops, the bandit's order of events, and whole runs of sams.py."""
+"""sams.py: its equations against naive loops, the bandit's order of events, and whole runs."""
+
 import copy
 import functools
 import itertools
 import json
 import math
 import random
+import shutil
 import signal
+from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import assert_close, forked, lines, metrics, refused, results, run, sams_flags, together, weights
-from test_equations import naive_logp, naive_loss, random_pairs, tiny_lm
+from conftest import (
+    assert_close,
+    forked,
+    lines,
+    metrics,
+    refused,
+    results,
+    run,
+    sams_flags,
+    together,
+    weights,
+)
+from test_equations import mean, naive_logp, naive_loss, naive_sigmoid, random_pairs, tiny_lm
+from torch import Tensor
 
 import common
+import datafiles
+import job
 import sams
-from sams import (Bandit, Config, PoolingScorer, Selector, batch_reward, bounded_loss, context, descend, dpo_losses, flip_labels, ipo_losses, margins, min_max, rank_correlation,
-                  rewards, sample_reward, score, select, selector_loss)
+from common import Model, Pair
+from sams import (
+    Bandit,
+    Config,
+    Data,
+    PoolingScorer,
+    Selector,
+    bandit_rewards,
+    batch_reward,
+    bounded_loss,
+    context,
+    descend,
+    dpo_losses,
+    flip_labels,
+    ipo_losses,
+    margins,
+    min_max,
+    observe,
+    pick,
+    rank_correlation,
+    sample_reward,
+    selector_loss,
+    take_step,
+    top_k,
+)
 
 near = functools.partial(pytest.approx, rel=1e-5, abs=1e-6)
-sigmoid = lambda x: 1 / (1 + math.exp(-x))
 CPU = torch.device("cpu")
 
 
 def tiny(**more) -> Config:
-    return Config(**(dict(dtype="float32", micro_batch=3, batch=12, beta=0.3, activation_checkpointing=False, parallel="none") | more))
+    """The configuration of a few steps on a tiny model."""
+    values = {
+        "dtype": "float32",
+        "micro_batch": 3,
+        "batch": 12,
+        "beta": 0.3,
+        "activation_checkpointing": False,
+        "parallel": "none",
+    }
+    values.update(more)
+    return Config(**values)
+
+
+def random_numbers(rng: random.Random, n: int, low: float, high: float) -> list[float]:
+    return [rng.uniform(low, high) for _ in range(n)]
+
+
+# ---------------------------------------------------------------- the naive reference
+
+
+def naive_ratio(logps: list[float], ref_logps: list[float]) -> float:
+    """log pi/pi_ref(y_w) - log pi/pi_ref(y_l), of a pair's [chosen, rejected]."""
+    of_chosen = logps[0] - ref_logps[0]
+    of_rejected = logps[1] - ref_logps[1]
+    return of_chosen - of_rejected
+
+
+def naive_bounded_loss(m: list[float]) -> float:
+    """L~ = mean_i -sigmoid(m_i)."""
+    return -mean([naive_sigmoid(x) for x in m])
+
+
+def naive_rho(before: float, after: float) -> float:
+    """(L~_{t-1} - L~_t) / max(|L~_{t-1}|, |L~_t|)."""
+    return (before - after) / max(abs(before), abs(after))
+
+
+def naive_min_max(v: list[float]) -> list[float]:
+    """(x - min) / (max - min)."""
+    low, high = min(v), max(v)
+    return [(x - low) / (high - low) for x in v]
+
+
+def naive_kappa(m: list[float], y: list[float], w_m: float, w_u: float) -> list[float]:
+    """w_m mm(m_i) + w_u (1 - mm(log pi(y_w)_i))."""
+    kappa = []
+    for margin, logp in zip(naive_min_max(m), naive_min_max(y)):
+        kappa.append(w_m * margin + w_u * (1 - logp))
+    return kappa
+
+
+def naive_reward(rho: float, kappa: float, gamma: float) -> float:
+    """gamma sigmoid(a rho + b) + (1 - gamma) sigmoid(kappa), with a = 50 and b = 0.5."""
+    return gamma * naive_sigmoid(50 * rho + 0.5) + (1 - gamma) * naive_sigmoid(kappa)
+
+
+def naive_top(scores: list[float], k: int) -> list[int]:
+    """The places of the k highest scores, ascending."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    return sorted(order[:k])
+
+
+def mean_square(a: list[float], b: list[float]) -> float:
+    """mean_i (a_i - b_i)^2."""
+    return mean([(x - y) ** 2 for x, y in zip(a, b, strict=True)])
 
 
 # ---------------------------------------------------------------- equations
 
 
 def test_margins_and_losses_are_the_formulas():
-    """m, DPO and IPO for hand-made log-probs, one pair at a time; margin 0 costs ln 2 in DPO and (1 / 2 beta)^2 in IPO."""
-    rng, beta = random.Random(0), 0.3
-    logps, ref = ([[rng.uniform(-9, 0) for _ in range(2)] for _ in range(5)] for _ in range(2))
-    m = [beta * ((a[0] - b[0]) - (a[1] - b[1])) for a, b in zip(logps, ref)]
-    found = margins(torch.tensor(logps), torch.tensor(ref), beta)
-    assert found.tolist() == near(m)
-    assert dpo_losses(found, beta).tolist() == near([naive_loss(x) for x in m])
-    assert ipo_losses(found, beta).tolist() == near([((a[0] - b[0]) - (a[1] - b[1]) - 1 / (2 * beta)) ** 2 for a, b in zip(logps, ref)])
-    assert dpo_losses(torch.zeros(1), beta).item() == near(math.log(2)) and ipo_losses(torch.zeros(1), beta).item() == near(1 / (4 * beta ** 2))
+    """m, DPO and IPO of one pair at a time; margin 0 costs ln 2 in DPO, (1 / 2 beta)^2 in IPO."""
+    rng = random.Random(0)
+    beta = 0.3
+    logps = [random_numbers(rng, 2, -9, 0) for _ in range(5)]
+    ref_logps = [random_numbers(rng, 2, -9, 0) for _ in range(5)]
+    ratios = []
+    for own, reference in zip(logps, ref_logps):
+        ratios.append(naive_ratio(own, reference))
+    of_dpo = [naive_loss(beta * ratio) for ratio in ratios]
+    of_ipo = [(ratio - 1 / (2 * beta)) ** 2 for ratio in ratios]
+
+    found = margins(torch.tensor(logps), torch.tensor(ref_logps), beta)
+    assert found.tolist() == near([beta * ratio for ratio in ratios])
+    assert dpo_losses(found).tolist() == near(of_dpo)
+    assert ipo_losses(found, beta).tolist() == near(of_ipo)
+
+    zero = torch.zeros(1)
+    assert dpo_losses(zero).item() == near(math.log(2))
+    assert ipo_losses(zero, beta).item() == near(1 / (4 * beta**2))
 
 
 def test_the_batch_reward_is_the_relative_gain():
-    """L~ lies in [-1, 0]; rho is positive when it falls, negative when it rises, and swapping before and after flips its sign."""
+    """L~ lies in [-1, 0]; rho > 0 when it falls; swapping before and after flips rho's sign."""
     m = [-2.0, 0.0, 3.0]
     before = bounded_loss(torch.tensor(m)).item()
     after = bounded_loss(torch.tensor([x + 1 for x in m])).item()
-    assert before == near(-sum(map(sigmoid, m)) / 3) and -1 < after < before < 0
-    assert batch_reward(before, after) == near((before - after) / -after) and batch_reward(before, after) > 0
-    assert batch_reward(after, before) == near(-batch_reward(before, after)) and batch_reward(before, before) == 0
+    assert before == near(naive_bounded_loss(m))
+    assert -1 < after < before < 0
+
+    rho = batch_reward(before, after)
+    assert rho == near((before - after) / -after)
+    assert rho > 0
+    assert batch_reward(after, before) == near(-rho)
+    assert batch_reward(before, before) == 0
 
 
 def test_rewards_are_the_formulas():
-    """kappa and r for hand-made batches with other weights than the defaults; a confident margin and an unlikely chosen answer raise r, a gain too."""
+    """kappa and r with other weights than the defaults; a gain of the batch raises every r."""
     rng = random.Random(1)
-    m, y = ([rng.uniform(-5, 5) for _ in range(6)] for _ in range(2))
-    mm = lambda v: [(x - min(v)) / (max(v) - min(v)) for x in v]
-    for w, u in ((0.5, 0.5), (0.7, 0.2)):
-        kappa = [w * a + u * (1 - b) for a, b in zip(mm(m), mm(y))]
-        found = sample_reward(torch.tensor(m), torch.tensor(y), w, u)
+    m = random_numbers(rng, 6, -5, 5)
+    y = random_numbers(rng, 6, -5, 5)
+    for w_m, w_u in ((0.5, 0.5), (0.7, 0.2)):
+        kappa = naive_kappa(m, y, w_m, w_u)
+        found = sample_reward(torch.tensor(m), torch.tensor(y), w_m, w_u)
         assert found.tolist() == near(kappa)
         for gamma, rho in ((0.5, 0.01), (0.2, -0.03)):
-            r = [gamma * sigmoid(50 * rho + 0.5) + (1 - gamma) * sigmoid(k) for k in kappa]
-            assert rewards(rho, found, gamma).tolist() == near(r)
-    assert (rewards(0.01, found) > rewards(-0.01, found)).all()
+            r = [naive_reward(rho, k, gamma) for k in kappa]
+            assert bandit_rewards(rho, found, gamma).tolist() == near(r)
+    assert (bandit_rewards(0.01, found) > bandit_rewards(-0.01, found)).all()
 
 
 def test_a_constant_batch_has_finite_rewards():
-    """min-max is 0.5 everywhere where all values are equal, so kappa is half its weights' sum."""
+    """min-max is 0.5 everywhere where all are equal, so kappa is half its weights' sum."""
     same = torch.full((4,), -3.0)
-    assert min_max(same).tolist() == [0.5] * 4 and min_max(torch.tensor([2.0, -2.0, 0.0])).tolist() == [1.0, 0.0, 0.5]
+    assert min_max(same).tolist() == [0.5] * 4
+    assert min_max(torch.tensor([2.0, -2.0, 0.0])).tolist() == [1.0, 0.0, 0.5]
     assert sample_reward(same, same, 0.7, 0.2).tolist() == near([0.45] * 4)
 
 
 def test_the_k_highest_are_selected_in_the_batches_order():
-    """Positions ascend, ties go to the first, K = n is the batch as it is."""
+    """Places ascend, ties go to the first, K = n is the batch as it is."""
     scores = torch.tensor([0.3, 0.9, 0.1, 0.9, 0.5])
-    assert select(scores, 2) == [1, 3] and select(scores, 3) == [1, 3, 4] and select(scores, 5) == list(range(5))
-    assert select(torch.zeros(4), 2) == [0, 1] and select(scores, 5, seed=3) == list(range(5))
+    assert top_k(scores, 2) == [1, 3]
+    assert top_k(scores, 3) == [1, 3, 4]
+    assert top_k(scores, 5) == [0, 1, 2, 3, 4]
+    assert top_k(torch.zeros(4), 2) == [0, 1]
+    assert top_k(scores, 5, seed=3) == [0, 1, 2, 3, 4]
 
 
 def test_sampling_follows_softmax_without_replacement():
-    """The frequencies of all pairs of 4 against the formula p_i p_j / (1 - p_i) + p_j p_i / (1 - p_j)."""
-    scores, n = [0.0, 1.0, 2.0, -1.0], 6000
+    """Frequencies of all pairs of 4: p_i p_j / (1 - p_i) + p_j p_i / (1 - p_j)."""
+    scores = [0.0, 1.0, 2.0, -1.0]
+    n = 6000
     total = sum(math.exp(s) for s in scores)
-    p, counts = [math.exp(s) / total for s in scores], {}
+    p = [math.exp(s) / total for s in scores]
+
+    counts = dict.fromkeys(itertools.combinations(range(4), 2), 0)
     for seed in range(n):
-        picked = tuple(select(torch.tensor(scores), 2, common.seed_of(seed)))
-        counts[picked] = counts.get(picked, 0) + 1
-    for i, j in itertools.combinations(range(4), 2):
+        i, j = top_k(torch.tensor(scores), 2, job.seed_of(seed))
+        counts[i, j] += 1
+    for (i, j), count in counts.items():
         expected = p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
-        assert counts.get((i, j), 0) / n == pytest.approx(expected, abs=4 * math.sqrt(expected / n))
+        assert count / n == pytest.approx(expected, abs=4 * math.sqrt(expected / n))
+
+
+def pearson(x: list[float], y: list[float]) -> float:
+    """The correlation of two lists of numbers."""
+    x = [value - mean(x) for value in x]
+    y = [value - mean(y) for value in y]
+    xy = sum(a * b for a, b in zip(x, y))
+    xx = sum(a**2 for a in x)
+    yy = sum(b**2 for b in y)
+    return xy / math.sqrt(xx * yy)
 
 
 def test_rank_correlation_is_spearmans():
     """1 for any rising function, -1 for a falling one, average ranks for ties, 0 for a constant."""
-    a, b = torch.tensor([3.0, 1.0, 2.0, 2.0]), torch.tensor([10.0, 5.0, 5.0, 7.0])
-    x, y = [4, 1, 2.5, 2.5], [4, 1.5, 1.5, 3]
-    mx, my = sum(x) / 4, sum(y) / 4
-    pearson = sum((u - mx) * (v - my) for u, v in zip(x, y)) / math.sqrt(sum((u - mx) ** 2 for u in x) * sum((v - my) ** 2 for v in y))
-    assert rank_correlation(a, b) == near(pearson)
-    assert rank_correlation(a, a.exp()) == near(1) and rank_correlation(a, -a) == near(-1) and rank_correlation(a, torch.ones(4)) == 0
+    a = torch.tensor([3.0, 1.0, 2.0, 2.0])
+    b = torch.tensor([10.0, 5.0, 5.0, 7.0])
+    ranks = [4, 1, 2.5, 2.5], [4, 1.5, 1.5, 3]
+    assert rank_correlation(a, b) == near(pearson(*ranks))
+    assert rank_correlation(a, a.exp()) == near(1)
+    assert rank_correlation(a, -a) == near(-1)
+    assert rank_correlation(a, torch.ones(4)) == 0
 
 
-# ---------------------------------------------------------------- contexts and the selector
+# ---------------------------------------------------------------- contexts
+
+
+def states_by_layer(lm, ids: list[int]) -> list[list[list[float]]]:
+    """Every layer's output for one sequence, from a plain forward: L lists of T lists of D."""
+    states = []
+
+    def keep(layer, args, out):
+        if isinstance(out, tuple):
+            out = out[0]
+        states.append(out[0].tolist())
+
+    hooks = [layer.register_forward_hook(keep) for layer in lm.model.layers]
+    lm(input_ids=torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
+def naive_pooled(lm, prompt: list[int], response: list[int]) -> list[list[float]]:
+    """The mean over the response's tokens of every layer's output: L lists of D numbers."""
+    pooled = []
+    for states in states_by_layer(lm, prompt + response):
+        of_response = states[len(prompt) :]
+        pooled.append([mean(values) for values in zip(*of_response)])
+    return pooled
 
 
 def test_contexts_are_means_over_response_tokens():
-    """Every layer's output, averaged over the tokens of the response, of one sequence at a time without padding; log-probs as without pooling."""
-    lm, pairs = tiny_lm(3), random_pairs(4)
-    outputs = {}
-    hooks = [layer.register_forward_hook(lambda m, a, out, i=i: outputs.update({i: out[0] if isinstance(out, tuple) else out})) for i, layer in enumerate(lm.model.layers)]
-    expected = []
-    for p, y in sams.both_sides(pairs, range(4)):
-        lm(input_ids=torch.tensor([p + y]))
-        expected.append([[sum(outputs[i][0, len(p) + j, d].item() for j in range(len(y))) / len(y) for d in range(16)] for i in range(2)])
-    for hook in hooks:
-        hook.remove()
+    """Every layer's output, averaged over the response of one sequence at a time, unpadded.
+
+    Log-probs are the same as without pooling.
+    """
+    lm = tiny_lm(3)
+    pairs = random_pairs(4)
+    expected = [naive_pooled(lm, pair.prompt, pair.chosen) for pair in pairs]
+    expected += [naive_pooled(lm, pair.prompt, pair.rejected) for pair in pairs]
+
     scorer = PoolingScorer(lm)
-    batch = common.collate(sams.both_sides(pairs, range(4)), "cpu")
+    batch = common.collate_pairs(pairs, "cpu")
     logps, pooled = scorer(*batch, pool=True)
     assert pooled.flatten().tolist() == near(torch.tensor(expected).flatten().tolist())
-    assert torch.equal(logps, scorer(*batch)[0]) and scorer(*batch)[1] is None and scorer.pooled == {}
-    mean, both = context(pooled, "mean"), context(pooled, "both")
-    assert torch.equal(mean, (pooled[:4] + pooled[4:]) / 2) and torch.equal(both, torch.cat([mean, pooled[:4] - pooled[4:]], -1))
-    flipped = torch.cat([pooled[4:], pooled[:4]])
-    assert torch.equal(context(flipped, "mean"), mean) and not torch.equal(context(flipped, "both"), both)  # the released context can't see a flip
+
+    plain_logps, nothing = scorer(*batch)
+    assert torch.equal(logps, plain_logps)
+    assert nothing is None
+    assert scorer.pooled == {}
+
+
+def test_the_context_of_a_pair_is_a_mean_and_perhaps_a_difference():
+    """mean: of both sides, so the released context can't see a flip. both: and their difference."""
+    _, pooled = PoolingScorer(tiny_lm(3))(*common.collate_pairs(random_pairs(4), "cpu"), pool=True)
+    chosen, rejected = pooled[:4], pooled[4:]
+    mean_of_both = (chosen + rejected) / 2
+    both = torch.cat([mean_of_both, chosen - rejected], -1)
+    assert torch.equal(context(pooled, "mean"), mean_of_both)
+    assert torch.equal(context(pooled, "both"), both)
+
+    flipped = torch.cat([rejected, chosen])
+    assert torch.equal(context(flipped, "mean"), mean_of_both)
+    assert not torch.equal(context(flipped, "both"), both)
+
+
+# ---------------------------------------------------------------- the selector
 
 
 def test_f2_learns_the_residual_and_leaves_f1_alone():
-    """The loss is the two mean squared errors; exploration's part sends no gradient into encoder and f1."""
+    """The loss is two mean squared errors; f2's part sends no gradient into encoder and f1."""
     torch.manual_seed(0)
-    selector, x, r = Selector(2, 8), torch.randn(5, 2, 8), torch.rand(5)
-    exploit, explore = selector(x)
-    f1, f2, target = exploit.tolist(), explore.tolist(), r.tolist()
-    assert selector_loss(exploit, explore, r).item() == near(sum((a - t) ** 2 for a, t in zip(f1, target)) / 5 + sum((b - (t - a)) ** 2 for a, b, t in zip(f1, f2, target)) / 5)
-    together = torch.autograd.grad(selector_loss(exploit, explore, r), list(selector.parameters()), retain_graph=True)
-    alone = torch.autograd.grad((exploit - r).square().mean(), list(selector.parameters()), allow_unused=True)
-    for (name, _), a, b in zip(selector.named_parameters(), together, alone):
-        assert (b is None and a.abs().sum() > 0) if name.startswith("explore") else torch.equal(a, b), name
+    selector = Selector(2, 8)
+    x = torch.randn(5, 2, 8)
+    r = torch.rand(5)
+    f1, f2 = selector(x)
+    residual = [target - value for target, value in zip(r.tolist(), f1.tolist())]
+    of_f1 = mean_square(f1.tolist(), r.tolist())
+    of_f2 = mean_square(f2.tolist(), residual)
+    assert selector_loss(f1, f2, r).item() == near(of_f1 + of_f2)
+
+    names = [name for name, _ in selector.named_parameters()]
+    params = list(selector.parameters())
+    of_both = torch.autograd.grad(selector_loss(f1, f2, r), params, retain_graph=True)
+    of_f1_alone = torch.autograd.grad((f1 - r).square().mean(), params, allow_unused=True)
+    for name, both, alone in zip(names, of_both, of_f1_alone):
+        if name.startswith("explore"):
+            assert alone is None, name
+            assert both.abs().sum() > 0, name
+        else:
+            assert torch.equal(both, alone), name
 
 
 def test_the_regression_target_is_never_broadcast():
-    """Targets of shape [K, 1] or [1] against predictions [K] are an error, not a matrix of differences."""
+    """Targets [K, 1] or [1] against predictions [K] are an error, not a matrix of differences."""
     f = torch.zeros(4)
     for bad in (torch.zeros(4, 1), torch.zeros(1), torch.zeros(())):
         with pytest.raises(ValueError, match="would broadcast"):
@@ -152,196 +340,382 @@ def test_the_regression_target_is_never_broadcast():
 
 
 def test_f1_fits_four_targets():
-    """Targets 0, 1, 2, 3 for four contexts to less than 1e-3 (the released regressor ends at 2.5 for a perfect prediction)."""
+    """Targets 0, 1, 2, 3 for four contexts to less than 1e-3.
+
+    The released regressor ends at 2.5 for a perfect prediction.
+    """
     torch.manual_seed(0)
-    selector, x, r = Selector(3, 8), torch.randn(4, 3, 8), torch.arange(4.0)
+    selector = Selector(3, 8)
+    x = torch.randn(4, 3, 8)
+    r = torch.arange(4.0)
     optimizer = torch.optim.Adam(selector.parameters(), lr=1e-3)
     for _ in range(300):
-        loss = selector_loss(*selector(x), r)
+        f1, f2 = selector(x)
+        loss = selector_loss(f1, f2, r)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert (selector(x)[0] - r).abs().max() < 1e-2 and (selector(x)[0] - r).square().mean() < 1e-3
+    f1, _ = selector(x)
+    assert (f1 - r).abs().max() < 1e-2
+    assert (f1 - r).square().mean() < 1e-3
 
 
 def test_the_selector_tells_layers_apart():
-    """A layer is known by its embedding alone: states and embeddings swapped together predict the same, states swapped alone what the embeddings swapped alone do, and not that."""
+    """A layer is known by its embedding alone.
+
+    States and embeddings swapped together predict the same; states swapped alone predict what the
+    embeddings swapped alone do, and not the same.
+    """
     torch.manual_seed(0)
-    selector, x = Selector(2, 8), torch.randn(3, 2, 8)
+    selector = Selector(2, 8)
+    x = torch.randn(3, 2, 8)
     torch.nn.init.normal_(selector.layer)
     swapped = copy.deepcopy(selector)
     swapped.layer.data = selector.layer.data.flip(0)
-    plain, alone = selector(x)[0].tolist(), selector(x.flip(1))[0].tolist()
-    assert swapped(x.flip(1))[0].tolist() == near(plain) and swapped(x)[0].tolist() == near(alone) and all(abs(a - b) > 1e-3 for a, b in zip(plain, alone))
+
+    def f1(selector, x) -> list[float]:
+        return selector(x)[0].tolist()
+
+    plain = f1(selector, x)
+    states_alone = f1(selector, x.flip(1))
+    assert f1(swapped, x.flip(1)) == near(plain)
+    assert f1(swapped, x) == near(states_alone)
+    for a, b in zip(plain, states_alone):
+        assert abs(a - b) > 1e-3
+
+
+# ---------------------------------------------------------------- the bandit
+
+
+class Round(NamedTuple):
+    """What a scripted round shows of its 6 pairs."""
+
+    contexts: Tensor  # [6, 2, 8]
+    margin: Tensor  # [6]
+    chosen_logps: Tensor  # [6]
+
+
+def scripted_rounds(n: int) -> list[Round]:
+    g = torch.Generator().manual_seed(0)
+    contexts = torch.randn(n, 6, 2, 8, generator=g)
+    margin = 0.05 * torch.randn(n, 6, generator=g)  # small: sigmoid(50 rho) must not saturate
+    chosen_logps = torch.randn(n, 6, generator=g)
+    return [Round(*of_round) for of_round in zip(contexts, margin, chosen_logps)]
+
+
+def same_weights(a: dict, b: dict) -> bool:
+    """Whether two state dicts hold the same, to the bit."""
+    return all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 def test_rewards_lag_by_one_round():
-    """A scripted trace of three rounds: round t's reward uses its own margins and log-probs, the loss of t and t + 1, and the running mean of rho; the
-    selector is fitted on it before it scores round t + 1; only selected pairs are rewarded."""
-    g = torch.Generator().manual_seed(0)
-    X, M, Y = (scale * torch.randn(3, *shape, generator=g) for scale, shape in ((1, (6, 2, 8)), (0.05, (6,)), (1, (6,))))  # small margins: sigmoid(50 rho) must not saturate
-    c = tiny(gamma=0.4, margin_weight=0.7, uncertainty_weight=0.2, explore=0.3, fit_steps=2, selector_lr=1e-2)
-    bandit, at, rho, seen, predicted = Bandit(2, 8, c, CPU), [], [], [], []
-    mm = lambda v: [(x - min(v)) / (max(v) - min(v)) for x in v]
-    losses = [-sum(map(sigmoid, m)) / 6 for m in M.tolist()]
-    for t in range(3):
+    """A scripted trace of three rounds, number by number.
+
+    Round t's reward uses its own margins and log-probs, the bounded losses of t and t + 1, and the
+    running mean of rho. The selector is fitted to it before it scores round t + 1. Only selected
+    pairs are rewarded.
+    """
+    c = tiny(
+        gamma=0.4,
+        margin_weight=0.7,
+        uncertainty_weight=0.2,
+        explore=0.3,
+        fit_steps=2,
+        selector_lr=1e-2,
+    )
+    bandit = Bandit(2, 8, c, CPU)
+    script = scripted_rounds(3)
+    losses = [naive_bounded_loss(shown.margin.tolist()) for shown in script]
+    rhos, rewarded, places, predicted = [], [], [], []
+
+    for t, shown in enumerate(script):
         before = copy.deepcopy(bandit.selector.state_dict())
-        picked, log = bandit.round(X[t], M[t], Y[t], 3, None)
-        if t:
-            rho.append((losses[t - 1] - losses[t]) / max(abs(losses[t - 1]), abs(losses[t])))
-            blend = 0.5 * rho[-1] + 0.5 * sum(rho) / len(rho)
-            kappa = [0.7 * a + 0.2 * (1 - b) for a, b in zip(mm(M[t - 1].tolist()), mm(Y[t - 1].tolist()))]
-            r = [0.4 * sigmoid(50 * blend + 0.5) + 0.6 * sigmoid(kappa[i]) for i in at[-1]]
-            seen.append((X[t - 1][at[-1]], r))
-            assert [reward.tolist() for _, reward in bandit.replay] == [near(past) for _, past in seen]
-            assert all(torch.equal(x, past) for (x, _), (past, _) in zip(bandit.replay, seen))
-            assert log["selector/rho"] == near(rho[-1]) and log["selector/reward"] == near(sum(r) / 3)
-            assert log["selector/error"] == near(math.sqrt(sum((a - b) ** 2 for a, b in zip(predicted, r)) / 3)) and log["selector/predicted"] == near(sum(predicted) / 3)
-            assert any(not torch.equal(v, before[k]) for k, v in bandit.selector.state_dict().items())
+        last_places, last_predicted = places, predicted
+        places, log = bandit.round(*shown, 3, None)
+
+        if t == 0:
+            assert log == {}
+            assert not bandit.replay
+            assert same_weights(bandit.selector.state_dict(), before)
         else:
-            assert log == {} and not bandit.replay and all(torch.equal(v, before[k]) for k, v in bandit.selector.state_dict().items())
-        exploit, explore = (f.tolist() for f in bandit.selector(X[t]))  # after the fit
-        assert picked == sorted(sorted(range(6), key=lambda i: -(exploit[i] + 0.3 * explore[i]))[:3])
-        predicted = [exploit[i] for i in picked]
-        at.append(picked)
+            last = script[t - 1]
+            rhos.append(naive_rho(losses[t - 1], losses[t]))
+            smoothed = 0.5 * rhos[-1] + 0.5 * mean(rhos)
+            kappa = naive_kappa(last.margin.tolist(), last.chosen_logps.tolist(), 0.7, 0.2)
+            r = [naive_reward(smoothed, kappa[i], 0.4) for i in last_places]
+            rewarded.append((last.contexts[last_places], r))
+            for (contexts, reward), (past, past_r) in zip(bandit.replay, rewarded, strict=True):
+                assert torch.equal(contexts, past)
+                assert reward.tolist() == near(past_r)
+
+            assert log["selector/rho"] == near(rhos[-1])
+            assert log["selector/reward"] == near(mean(r))
+            assert log["selector/error"] == near(math.sqrt(mean_square(last_predicted, r)))
+            assert log["selector/predicted"] == near(mean(last_predicted))
+            assert not same_weights(bandit.selector.state_dict(), before)
+
+        f1, f2 = bandit.selector(shown.contexts)  # after the fit
+        scores = (f1 + 0.3 * f2).tolist()
+        assert places == naive_top(scores, 3)
+        predicted = f1[places].tolist()
+
+
+def numbered_round(bandit: Bandit, t: int):
+    """A round of 4 pairs whose contexts are full of the number t; 2 of them are picked."""
+    contexts = torch.full((4, 2, 8), float(t))
+    bandit.round(contexts, torch.randn(4), torch.randn(4), 2, None)
 
 
 def test_replay_holds_so_many_earlier_rounds():
     """--replay 2: this round and the two before it."""
     bandit = Bandit(2, 8, tiny(replay=2), CPU)
     for t in range(6):
-        bandit.round(torch.full((4, 2, 8), float(t)), torch.randn(4), torch.randn(4), 2, None)
-    assert [x[0, 0, 0].item() for x, _ in bandit.replay] == [2, 3, 4]
+        numbered_round(bandit, t)
+    assert [contexts[0, 0, 0].item() for contexts, _ in bandit.replay] == [2, 3, 4]
 
 
 def test_a_fit_is_one_pass_over_the_replay():
-    """The Adam steps of a round see each of the rounds held exactly once, cut into fit_steps parts."""
-    bandit, seen = Bandit(2, 8, tiny(replay=4, fit_steps=2), CPU), []
-    bandit.selector.register_forward_hook(lambda module, args, out: seen.append(sorted(set(args[0][:, 0, 0].tolist()))) if torch.is_grad_enabled() else None)
+    """The Adam steps of a round see each of the rounds held exactly once, in fit_steps parts."""
+    bandit = Bandit(2, 8, tiny(replay=4, fit_steps=2), CPU)
+    parts = []
+
+    def keep_numbers(module, args, out):
+        (contexts,) = args
+        if torch.is_grad_enabled():  # it is fitted, not asked
+            parts.append(sorted(set(contexts[:, 0, 0].tolist())))
+
+    bandit.selector.register_forward_hook(keep_numbers)
     for t in range(5):
-        seen.clear()
-        bandit.round(torch.full((4, 2, 8), float(t)), torch.randn(4), torch.randn(4), 2, None)
-        assert sorted(itertools.chain(*seen)) == list(range(t)) and len(seen) == min(t, 2) and (t < 4 or len(seen[0]) == len(seen[1]) == 2)
+        parts.clear()
+        numbered_round(bandit, t)
+        assert sorted(itertools.chain(*parts)) == list(range(t))
+        assert len(parts) == min(t, 2)
+    assert len(parts[0]) == len(parts[1]) == 2
 
 
 def test_the_selector_learns_what_is_rewarded():
-    """Where the reward is a function of the context, 60 rounds make predicted and observed rewards agree in rank, and the better pairs are chosen."""
+    """Where the reward is a function of the context, 60 rounds teach it.
+
+    Predicted and observed rewards then agree in rank, and the better pairs are chosen.
+    """
+    c = tiny(gamma=0.0, margin_weight=1.0, uncertainty_weight=0.0, selector_lr=1e-3)
+    bandit = Bandit(1, 4, c, CPU)
     g = torch.Generator().manual_seed(0)
-    bandit = Bandit(1, 4, tiny(gamma=0.0, margin_weight=1.0, uncertainty_weight=0.0, selector_lr=1e-3), CPU)
     correlations, gains = [], []
     for _ in range(60):
         x = torch.randn(16, 1, 4, generator=g)
         margin = x[:, 0, 1] - x[:, 0, 3]
-        at, log = bandit.round(x, margin, torch.zeros(16), 8, None)
+        places, log = bandit.round(x, margin, torch.zeros(16), 8, None)
         correlations.append(log.get("selector/rank_correlation", 0))
-        gains.append(margin[at].mean().item() - margin.mean().item())
-    assert sum(correlations[-10:]) / 10 > 0.7 and sum(gains[-10:]) / 10 > 0.6
+        gains.append(margin[places].mean().item() - margin.mean().item())
+    assert mean(correlations[-10:]) > 0.7
+    assert mean(gains[-10:]) > 0.6
 
 
 # ---------------------------------------------------------------- one round on a model
 
 
+def data_of(lm, pairs: list[Pair], c: Config) -> Data:
+    """The pairs with their log-probs under `lm` as the reference's."""
+    seen = observe(c, PoolingScorer(lm), pairs, list(range(len(pairs))), CPU)
+    return Data(pairs, seen.logps, [False] * len(pairs))
+
+
+def naive_logps(lm, pair: Pair) -> list[Tensor]:
+    """log pi of chosen and rejected, one sequence at a time, differentiable."""
+    return [naive_logp(lm, pair.prompt, y) for y in (pair.chosen, pair.rejected)]
+
+
 @pytest.mark.parametrize("loss", ["dpo", "ipo"])
 def test_the_gradient_is_that_of_the_selected_alone(loss):
-    """The gradient of K of the pairs, in micro-batches, is the gradient of the mean of their losses computed one pair at a time in float64; log-probs [n, 2] too."""
-    lm, start, pairs, c = tiny_lm(1), tiny_lm(2), random_pairs(12), tiny(loss=loss)
-    ref, _ = score(PoolingScorer(start), pairs, list(range(12)), c, CPU)
-    naive_ref = [[naive_logp(start.double(), p, y).item() for y in sides] for p, *sides in pairs]
-    assert ref.flatten().tolist() == near([x for row in naive_ref for x in row])
-    picked = [1, 4, 5, 10]
+    """The gradient of K pairs is that of the mean of their losses, one at a time in float64.
+
+    It is made in micro-batches. Log-probs [n, 2] are the naive ones too.
+    """
+    c = tiny(loss=loss)
+    lm, start = tiny_lm(1), tiny_lm(2)
+    pairs = random_pairs(12)
+    data = data_of(start, pairs, c)
+
+    start.double()
+    naive_ref = []
+    for pair in pairs:
+        naive_ref.append([logp.item() for logp in naive_logps(start, pair)])
+    assert data.ref_logps.flatten().tolist() == near(sum(naive_ref, []))
+
+    selected = [1, 4, 5, 10]
     lm.zero_grad()
-    sums = descend(PoolingScorer(lm), pairs, ref, picked, c, CPU)
-    model = copy.deepcopy(lm).double()
-    model.zero_grad()
-    total, accurate = 0, 0
-    for i in picked:
-        p, y, z = pairs[i]
-        h = (naive_logp(model, p, y) - naive_ref[i][0]) - (naive_logp(model, p, z) - naive_ref[i][1])
-        total = total + (-torch.log(torch.sigmoid(c.beta * h)) if loss == "dpo" else (h - 1 / (2 * c.beta)) ** 2)
+    sums = descend(c, PoolingScorer(lm), data, selected, CPU)
+
+    exact = copy.deepcopy(lm).double()
+    exact.zero_grad()
+    losses, accurate = [], 0
+    for i in selected:
+        h = naive_ratio(naive_logps(exact, pairs[i]), naive_ref[i])
+        if loss == "dpo":
+            losses.append(-torch.log(torch.sigmoid(c.beta * h)))
+        else:
+            losses.append((h - 1 / (2 * c.beta)) ** 2)
         accurate += h.item() > 0
-    (total / 4).backward()
-    assert sums["loss"].item() == near(total.item() / 4) and sums["rewards/accuracies"].item() == accurate / 4
-    for (name, a), b in zip(lm.named_parameters(), model.parameters()):
-        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-5, msg=name)
+    mean_loss = mean(losses)
+    mean_loss.backward()
+
+    assert sums["loss"].item() == near(mean_loss.item())
+    assert sums["rewards/accuracies"].item() == accurate / 4
+    for (name, p), q in zip(lm.named_parameters(), exact.parameters()):
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_one_step_raises_the_margin_of_the_selected():
     """Away from the reference and at it, for both losses."""
-    pairs = random_pairs(6)
+    selected = [0, 2, 3]
     for loss in ("dpo", "ipo"):
-        lm, c = tiny_lm(4), tiny(loss=loss, beta=0.1)
-        policy, at = PoolingScorer(lm), [0, 2, 3]
-        ref, _ = score(policy, pairs, list(range(6)), c, CPU)
-        descend(policy, pairs, ref, at, c, CPU)
-        sams.take_step(torch.optim.SGD(lm.parameters(), lr=1e-3), 1e-3, 1.0)
-        assert margins(score(policy, pairs, at, c, CPU)[0], ref[at], c.beta).mean() > 1e-5
+        c = tiny(loss=loss, beta=0.1)
+        lm = tiny_lm(4)
+        data = data_of(lm, random_pairs(6), c)
+        policy = PoolingScorer(lm)
+        descend(c, policy, data, selected, CPU)
+        take_step(torch.optim.SGD(lm.parameters(), lr=1e-3), 1e-3, 1.0)
+
+        seen = observe(c, policy, data.pairs, selected, CPU)
+        assert margins(seen.logps, data.ref_logps[selected], c.beta).mean() > 1e-5
 
 
 def test_only_sample_draws():
-    """From equal states of the bandit, `sample` picks by its seed, `topk` the K highest scores whatever the seed."""
-    pairs, c = random_pairs(12), tiny()
-    logps, contexts = score(PoolingScorer(tiny_lm(6)), pairs, list(range(12)), c, CPU, "mean")
-    choose = lambda how, seed: sams.pick(c, how, list(range(12)), 6, [False] * 12, logps, torch.zeros(12, 2), contexts, Bandit(2, 16, c, CPU), seed)[0]
-    assert choose("sample", 1) == choose("sample", 1) and len({tuple(choose("sample", seed)) for seed in range(5)}) > 2
-    exploit, explore = Bandit(2, 16, c, CPU).selector(contexts)
-    assert choose("topk", 1) == choose("topk", 2) == sorted((exploit + c.explore * explore).argsort(descending=True)[:6].tolist())
+    """From equal states of the bandit, `sample` picks by its seed, `topk` the K highest scores."""
+    c = tiny()
+    batch = Data(random_pairs(12), torch.zeros(12, 2), [False] * 12)
+    seen = observe(c, PoolingScorer(tiny_lm(6)), batch.pairs, list(range(12)), CPU, "mean")
+
+    def choose(how: str, step: int) -> list[int]:
+        places, _ = pick(c, how, batch, seen, Bandit(2, 16, c, CPU), step)
+        return places
+
+    assert choose("sample", 1) == choose("sample", 1)
+    assert len({tuple(choose("sample", step)) for step in range(5)}) > 2
+
+    f1, f2 = Bandit(2, 16, c, CPU).selector(seen.contexts)
+    highest = naive_top((f1 + c.explore * f2).tolist(), 6)
+    assert choose("topk", 1) == choose("topk", 2) == highest
 
 
 def test_policy_and_reference_agree_to_the_bit_in_bf16():
-    """One pair a forward pass: whatever the order of the batch, an untrained policy's margin is exactly 0; in larger batches it would not be."""
-    lm, pairs, c = tiny_lm(5), random_pairs(12), tiny(dtype="bfloat16", micro_batch=1)
-    policy, order = PoolingScorer(lm), random.Random(0).sample(range(12), 12)
-    ref, _ = score(policy, pairs, list(range(12)), c, CPU)
-    assert torch.equal(score(policy, pairs, order, c, CPU)[0], ref[order]) and ref.dtype == torch.float32
-    full, _ = score(policy, pairs, order, tiny(), CPU)
-    assert (full - ref[order]).abs().max() > 1e-4  # it was bf16
+    """With one pair a forward pass, an untrained policy's margin is 0 in any order of the batch.
+
+    In larger batches it would not be.
+    """
+    c = tiny(dtype="bfloat16", micro_batch=1)
+    pairs = random_pairs(12)
+    policy = PoolingScorer(tiny_lm(5))
+    order = random.Random(0).sample(range(12), 12)
+    ref_logps, _ = observe(c, policy, pairs, list(range(12)), CPU)
+    logps, _ = observe(c, policy, pairs, order, CPU)
+    assert torch.equal(logps, ref_logps[order])
+    assert ref_logps.dtype == torch.float32
+
+    full, _ = observe(tiny(), policy, pairs, order, CPU)
+    assert (full - ref_logps[order]).abs().max() > 1e-4  # it was bf16
+
+
+def flipped_rows(rows: list[dict]) -> list[int]:
+    """Which rows are marked as flipped."""
+    return [i for i, row in enumerate(rows) if row["meta"].get("flipped")]
 
 
 def test_flips_are_seeded_marked_and_exact():
-    """A share of rows has its sides and their ends swapped; the rest is untouched; a flip of a flip is unmarked."""
-    rows = [{"id": str(i), "prompt": [], "chosen": f"c{i}", "rejected": f"r{i}", "meta": {"rejected_ended": False}} for i in range(50)]
+    """A share of the rows has its sides and their ends swapped; the rest is untouched.
+
+    A flip of a flip is unmarked.
+    """
+    rows = []
+    for i in range(50):
+        row = {"id": str(i), "prompt": [], "chosen": f"c{i}", "rejected": f"r{i}"}
+        row["meta"] = {"rejected_ended": False}
+        rows.append(row)
+
     flipped = flip_labels(rows, 0.3, 0)
-    swapped = [i for i, row in enumerate(flipped) if row["meta"].get("flipped")]
-    assert len(swapped) == 15 and swapped != [i for i, row in enumerate(flip_labels(rows, 0.3, 1)) if row["meta"].get("flipped")]
+    swapped = flipped_rows(flipped)
+    assert len(swapped) == 15
+    assert swapped != flipped_rows(flip_labels(rows, 0.3, 1))
+
+    meta = {"flipped": True, "chosen_ended": False, "rejected_ended": True}
     for i, row in enumerate(flipped):
         if i in swapped:
-            assert (row["chosen"], row["rejected"], row["meta"]) == (f"r{i}", f"c{i}", {"flipped": True, "chosen_ended": False, "rejected_ended": True})
+            assert (row["chosen"], row["rejected"]) == (f"r{i}", f"c{i}")
+            assert row["meta"] == meta
         else:
             assert row is rows[i]
-    assert not any(row["meta"]["flipped"] for i, row in enumerate(flip_labels(flipped, 1.0, 0)) if i in swapped) and flip_labels(rows, 0.0, 0) == rows
+
+    back = flip_labels(flipped, 1.0, 0)
+    assert not any(back[i]["meta"]["flipped"] for i in swapped)
+    assert flip_labels(rows, 0.0, 0) == rows
 
 
 # ---------------------------------------------------------------- whole runs
+
+
+TEN_ROUNDS = {"context": "both", "epochs": 3, "max_steps": 10}  # of 16 pairs, with replay
 
 
 @pytest.fixture(scope="module")
 def flags(world, tmp_path_factory):
     """Flags of a run into a folder; all runs of this module share their reference log-probs."""
     reference = tmp_path_factory.mktemp("reference")
-    return lambda out, **more: sams_flags(world, **({"out": out, "reference": reference} | more))
+
+    def make(out, **more) -> list[str]:
+        values = {"out": out, "reference": reference}
+        values.update(more)
+        return sams_flags(world, **values)
+
+    return make
 
 
 @pytest.fixture(scope="module")
 def plain(flags, tmp_path_factory):
     """One run in one process: 10 rounds of 16, seeing both sides, with replay."""
-    folder = tmp_path_factory.mktemp("plain")
-    assert forked(sams, *flags(folder / "run", context="both", epochs=3, max_steps=10)) == 0
-    return folder / "run"
+    out = tmp_path_factory.mktemp("plain") / "run"
+    assert forked(sams, *flags(out, **TEN_ROUNDS)) == 0
+    return out
+
+
+def training_rows(world) -> list[dict]:
+    """The 60 rows that these runs train on, 12 of them flipped."""
+    rows, _ = datafiles.load_rows(str(world / "pairs.jsonl"), "pair")
+    rows, _ = datafiles.hold_out(rows)
+    return flip_labels(rows[:60], 0.2, 0)
+
+
+def without(line: dict, *names: str) -> dict:
+    return {name: value for name, value in line.items() if name not in names}
 
 
 def test_two_ranks_select_and_learn_what_one_does(plain, flags, tmp_path):
-    """DDP and FSDP on two ranks: the same pairs in all 10 rounds, the same rewards and losses, the same weights, the same held-out numbers."""
-    runs = [(2, False, flags(way, context="both", epochs=3, max_steps=10, parallel=way, reference="reference", activation_checkpointing=True)) for way in ("ddp", "fsdp")]
+    """DDP and FSDP on two ranks: the same pairs in all 10 rounds, and the same numbers.
+
+    They are rewards, losses, weights and what is measured on held-out pairs.
+    """
+    runs = []
+    for way in ("ddp", "fsdp"):
+        more = {"parallel": way, "reference": "reference", "activation_checkpointing": True}
+        runs.append((2, False, flags(way, **TEN_ROUNDS, **more)))
     together(sams, tmp_path, 2, runs)
+
     one = metrics(plain)
-    assert len(one) == 10 and len({tuple(m["selected/indices"]) for m in one}) == 10
+    assert len(one) == 10
+    assert len({tuple(line["selected/indices"]) for line in one}) == 10
+    not_close = ["selector/rank_correlation", "selected/indices"]  # it jumps, and a list
     for way in ("ddp", "fsdp"):
         two = metrics(tmp_path / way)
-        assert [m["selected/indices"] for m in two] == [m["selected/indices"] for m in one]
         for a, b in zip(one, two, strict=True):
-            a, b = ({k: v for k, v in m.items() if k not in ("selector/rank_correlation", "selected/indices")} for m in (a, b))
-            assert b == pytest.approx(a, rel=2e-3, abs=2e-4)
-        assert_close(weights(plain / "checkpoint"), weights(tmp_path / way / "checkpoint"), atol=2e-4)
+            assert b["selected/indices"] == a["selected/indices"]
+            expected = pytest.approx(without(a, *not_close), rel=2e-3, abs=2e-4)
+            assert without(b, *not_close) == expected
+        found = weights(tmp_path / way / "checkpoint")
+        assert_close(weights(plain / "checkpoint"), found, atol=2e-4)
+
+
+def without_selector(line: dict) -> dict:
+    return {name: value for name, value in line.items() if not name.startswith("selector")}
 
 
 def test_everything_selected_is_dpo_to_the_bit(monkeypatch, flags, tmp_path):
@@ -349,175 +723,365 @@ def test_everything_selected_is_dpo_to_the_bit(monkeypatch, flags, tmp_path):
     run(monkeypatch, sams, *flags(tmp_path / "all", select="all"))
     run(monkeypatch, sams, *flags(tmp_path / "topk", ratio=1))
     run(monkeypatch, sams, *flags(tmp_path / "sample", ratio=1, select="sample"))
+    dpo_weights = weights(tmp_path / "all" / "checkpoint")
     for name in ("topk", "sample"):
         for a, b in zip(metrics(tmp_path / "all"), metrics(tmp_path / name), strict=True):
-            assert {k: b[k] for k in a if not k.startswith("selector")} == {k: v for k, v in a.items() if not k.startswith("selector")}
-        assert_close(weights(tmp_path / "all/checkpoint"), weights(tmp_path / name / "checkpoint"), atol=0)
+            a = without_selector(a)
+            assert {key: b[key] for key in a} == a
+        assert_close(dpo_weights, weights(tmp_path / name / "checkpoint"), atol=0)
 
 
 def test_three_and_resume_are_six(monkeypatch, flags, tmp_path):
-    """Policy, optimizers, selector, replay, running mean and the pending round go on bit for bit after every single step."""
-    more = dict(context="both", epochs=2, max_steps=6)
-    run(monkeypatch, sams, *flags(tmp_path / "whole", **more))
+    """The run goes on bit for bit after every single step.
+
+    Saved are policy, optimizers, selector, replay, running mean and the pending round.
+    """
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    more = {"context": "both", "epochs": 2, "max_steps": 6}
+    run(monkeypatch, sams, *flags(whole, **more))
+    save_state = job.save_state
 
     class Killed(BaseException):
         pass
 
     def save_and_die(*args, **kwargs):
-        common.save_state(*args, **kwargs)
+        save_state(*args, **kwargs)
         raise Killed
-    for i in range(5):
+
+    resume = []
+    for _ in range(5):
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(sams, "save_state", save_and_die)
-            run(patch, sams, *flags(tmp_path / "pieces", **more), *(["--resume"] if i else []))
-    run(monkeypatch, sams, *flags(tmp_path / "pieces", **more), "--resume")
-    assert metrics(tmp_path / "pieces") == metrics(tmp_path / "whole") and results(tmp_path / "pieces") == results(tmp_path / "whole")
-    assert_close(weights(tmp_path / "pieces/checkpoint"), weights(tmp_path / "whole/checkpoint"), atol=0)
-    assert not (tmp_path / "whole/state.pt").exists()
+            patch.setattr(job, "save_state", save_and_die)
+            run(patch, sams, *flags(pieces, **more), *resume)
+        resume = ["--resume"]
+    run(monkeypatch, sams, *flags(pieces, **more), *resume)
+
+    assert metrics(pieces) == metrics(whole)
+    assert results(pieces) == results(whole)
+    assert_close(weights(pieces / "checkpoint"), weights(whole / "checkpoint"), atol=0)
+    assert not (whole / "state.pt").exists()
 
 
-@pytest.mark.parametrize("kill", [("in", "reference"), ("in", "killed"), ("after", "state.pt"), ("before", "checkpoint"), ("after", "checkpoint"), ("before", "results.json")])
+@pytest.mark.parametrize(
+    "kill",
+    [
+        ("in", "reference"),
+        ("in", "killed"),
+        ("after", "state.pt"),
+        ("before", "checkpoint"),
+        ("after", "checkpoint"),
+        ("before", "results.json"),
+    ],
+)
 def test_a_killed_run_ends_with_the_same_results(plain, flags, tmp_path, kill):
     """SIGKILL while scoring the reference, training, saving and renaming."""
-    more = dict(context="both", epochs=3, max_steps=10, reference=tmp_path / "reference")
-    assert forked(sams, *flags(tmp_path / "killed", **more), kill=kill) == -signal.SIGKILL
-    assert forked(sams, *flags(tmp_path / "killed", **more), "--resume") == 0
-    assert metrics(tmp_path / "killed") == metrics(plain) and results(tmp_path / "killed") == results(plain)
+    out = tmp_path / "killed"
+    command = flags(out, **TEN_ROUNDS, reference=tmp_path / "reference")
+    assert forked(sams, *command, kill=kill) == -signal.SIGKILL
+    assert forked(sams, *command, "--resume") == 0
+    assert metrics(out) == metrics(plain)
+    assert results(out) == results(plain)
     assert not list((tmp_path / "reference").glob("*.part"))
 
 
-def held_out_by_hand(world, checkpoint):
-    """accuracy, mean chosen and rejected reward of a checkpoint against sft, with transformers' own logits, one sequence at a time."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    policy, reference = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).double() for path in (checkpoint, world / "sft"))
+def load_exact(path):
+    """A checkpoint in float64, with transformers' own code."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).double()
+
+
+def held_out_by_hand(world, checkpoint) -> dict[str, float]:
+    """Accuracy and mean rewards of a checkpoint against sft, one sequence at a time."""
+    from transformers import AutoTokenizer
+
+    policy, reference = load_exact(checkpoint), load_exact(world / "sft")
     tok = AutoTokenizer.from_pretrained(world / "sft")
-    _, held = common.hold_out(common.load_rows(str(world / "pairs.jsonl"), "pair")[0])
-    found = []
-    for row in held[:16]:
+
+    def reward(row: dict, side: str) -> float:
         x = tok.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        sides = [tok(row[side], add_special_tokens=False)["input_ids"] + [tok.eos_token_id] for side in ("chosen", "rejected")]
+        y = tok(row[side], add_special_tokens=False)["input_ids"] + [tok.eos_token_id]
         with torch.no_grad():
-            found.append([0.1 * (naive_logp(policy, x, y) - naive_logp(reference, x, y)).item() for y in sides])
-    return {"accuracy": sum(w > l for w, l in found) / 16, "chosen_reward": sum(w for w, _ in found) / 16, "rejected_reward": sum(l for _, l in found) / 16}
+            return 0.1 * (naive_logp(policy, x, y) - naive_logp(reference, x, y)).item()
+
+    rows, _ = datafiles.load_rows(str(world / "pairs.jsonl"), "pair")
+    _, held = datafiles.hold_out(rows)
+    chosen = [reward(row, "chosen") for row in held[:16]]
+    rejected = [reward(row, "rejected") for row in held[:16]]
+    assert len(chosen) == 16
+    return {
+        "accuracy": mean([float(better > worse) for better, worse in zip(chosen, rejected)]),
+        "chosen_reward": mean(chosen),
+        "rejected_reward": mean(rejected),
+        "margin": mean(chosen) - mean(rejected),
+    }
+
+
+def batches_by_hand(n: int, epochs: int, size: int) -> list[list[int]]:
+    """The pairs of each batch, in the order that the seed 0 gives."""
+    batches = []
+    for epoch in range(epochs):
+        order = random.Random(job.seed_of(0, "order", epoch)).sample(range(n), n)
+        for start in range(0, n, size):
+            batches.append(order[start : start + size])
+    return batches
 
 
 def test_the_reported_numbers_are_those_of_the_model(plain, world):
-    """results.json against the saved checkpoint and the pairs' file; counts against metrics.jsonl; which pairs are flipped against the data."""
-    report, steps = json.loads((plain / "results.json").read_text()), lines(plain / "metrics.jsonl")
+    """results.json against the saved checkpoint, the pairs' file and metrics.jsonl.
+
+    Which pairs are flipped is known from the data.
+    """
+    report = json.loads((plain / "results.json").read_text())
+    steps = lines(plain / "metrics.jsonl")
     by_hand = held_out_by_hand(world, plain / "checkpoint")
-    assert {k: report[k] for k in by_hand} == pytest.approx(by_hand, abs=1e-4) and report["margin"] == pytest.approx(by_hand["chosen_reward"] - by_hand["rejected_reward"], abs=1e-4)
-    rows = flip_labels(common.hold_out(common.load_rows(str(world / "pairs.jsonl"), "pair")[0])[0][:60], 0.2, 0)
-    is_flipped = [row["chosen"] != "".join(sorted(row["prompt"][0]["content"])) for row in rows]
+    assert {key: report[key] for key in by_hand} == pytest.approx(by_hand, abs=1e-4)
+
+    is_flipped = []
+    for row in training_rows(world):
+        solution = "".join(sorted(row["prompt"][0]["content"]))
+        is_flipped.append(row["chosen"] != solution)
     assert sum(is_flipped) == 12
-    order = list(itertools.chain(*(random.Random(common.seed_of(0, "order", e)).sample(range(60), 60) for e in range(3))))
-    batches = [b for e in range(3) for b in (lambda o: [o[i:i + 16] for i in range(0, 60, 16)])(order[60 * e:60 * e + 60])][:10]
-    for batch, m in zip(batches, steps, strict=True):
-        assert set(m["selected/indices"]) <= set(batch) and len(m["selected/indices"]) == math.ceil(len(batch) / 2) == m["selected/pairs"]
-        assert m["batch/flipped"] == sum(is_flipped[i] for i in batch) and m["selected/flipped"] == sum(is_flipped[i] for i in m["selected/indices"])
-    assert report["flipped_selected"] == sum(m["selected/flipped"] for m in steps) / sum(m["batch/flipped"] for m in steps)
-    assert report["pairs_trained"] == sum(m["selected/pairs"] for m in steps) and report["steps"] == 10 and report["seconds"] > 0
-    assert (report["select"], report["ratio"], report["flip"], report["seed"]) == ("topk", 0.5, 0.2, 0)
-    assert [m["step"] for m in steps if "eval/accuracy" in m] == [2, 4, 6, 8, 10] and steps[-1]["eval/accuracy"] == report["accuracy"]
+
+    batches = batches_by_hand(60, 3, 16)[:10]
+    for batch, line in zip(batches, steps, strict=True):
+        selected = line["selected/indices"]
+        assert set(selected) <= set(batch)
+        assert len(selected) == math.ceil(len(batch) / 2) == line["selected/pairs"]
+        assert line["batch/flipped"] == sum(is_flipped[i] for i in batch)
+        assert line["selected/flipped"] == sum(is_flipped[i] for i in selected)
+
+    def total(name: str) -> float:
+        return sum(line[name] for line in steps)
+
+    assert report["flipped_selected"] == total("selected/flipped") / total("batch/flipped")
+    assert report["pairs_trained"] == total("selected/pairs")
+    assert report["steps"] == 10
+    assert report["seconds"] > 0
+    asked = {"select": "topk", "ratio": 0.5, "flip": 0.2, "seed": 0}
+    assert {key: report[key] for key in asked} == asked
+
+    measured = [line["step"] for line in steps if "eval/accuracy" in line]
+    assert measured == [2, 4, 6, 8, 10]
+    assert steps[-1]["eval/accuracy"] == report["accuracy"]
+
+
+def test_the_selected_are_trained_on_and_no_others(plain):
+    """The margin that training sees is the mean of the selected pairs' margins, in every step."""
+    for line in metrics(plain):
+        assert line["rewards/margins"] == pytest.approx(line["selected/margin"], abs=1e-5)
+    assert abs(line["selected/margin"] - line["unselected/margin"]) > 1e-3  # it could be seen
+
+
+def test_a_row_that_is_left_out_takes_its_mark_along(world):
+    """Which pairs are flipped stays true when prompts that are too long are left out."""
+    pairs_file = str(world / "pairs.jsonl")
+    more = {"max_prompt": 10, "max_response": 16, "flip": 0.4, "limit": 60, "test": pairs_file}
+    c = Config(model=str(world / "sft"), data=pairs_file, dtype="float32", **more)
+    _, pairs, flipped, _ = sams.prepare(c, CPU)
+
+    rows, _ = datafiles.load_rows(pairs_file, "pair", 60)
+    marks = {}
+    for row in flip_labels(rows, 0.4, 0):
+        marks[row["id"]] = row["meta"].get("flipped", False)
+    assert 10 < len(pairs) < 50
+    assert flipped == [marks[pair.id] for pair in pairs]
 
 
 def test_the_first_step_starts_at_ln_2(plain):
     """Policy and reference are one model: loss ln 2, margin and rewards 0."""
     first = metrics(plain)[0]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and abs(first["rewards/margins"]) < 1e-5 and abs(first["selected/margin"]) < 1e-5
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(first["rewards/margins"]) < 1e-5
+    assert abs(first["selected/margin"]) < 1e-5
+
+
+class Choice(NamedTuple):
+    """A call of pick()."""
+
+    batch: Data
+    seen: sams.Seen | None
+    places: list[int]
 
 
 def test_controls_pick_what_they_say(monkeypatch, flags, tmp_path):
-    """random: any K, seeded; oracle: no flipped pair while there are enough others; margin: the K highest of the batch."""
-    seen = []
-    real = sams.pick
-    monkeypatch.setattr(sams, "pick", lambda c, how, step, k, flipped, logps, ref, *more: seen.append((step, logps, ref[step], real(c, how, step, k, flipped, logps, ref, *more))) or seen[-1][-1])
-    monkeypatch.setattr(Bandit, "__init__", lambda *a, **k: pytest.fail("a control needs no selector"))
+    """random: any K, seeded. oracle: no flipped pair while others last. margin: the K highest."""
+    choices = []
+
+    def keep_choice(c, how, batch, seen, bandit, step):
+        places, learned = pick(c, how, batch, seen, bandit, step)
+        choices.append(Choice(batch, seen, places))
+        return places, learned
+
+    def no_selector(*args, **kwargs):
+        pytest.fail("a control needs no selector")
+
+    monkeypatch.setattr(sams, "pick", keep_choice)
+    monkeypatch.setattr(Bandit, "__init__", no_selector)
     for how in ("random", "oracle", "margin"):
         run(monkeypatch, sams, *flags(tmp_path / how, select=how))
-    assert results(tmp_path / "oracle")["flipped_selected"] == 0 and 0 < results(tmp_path / "random")["flipped_selected"] < 1
-    assert [logps is None for _, logps, _, _ in seen] == [True] * 8 + [False] * 4
-    for (step, logps, ref, (at, _)), logged in zip(seen[8:], metrics(tmp_path / "margin"), strict=True):
-        m = (0.1 * ((logps - ref)[:, 0] - (logps - ref)[:, 1])).tolist()
-        rest = [m[i] for i in range(len(step)) if i not in at]
-        assert min(m[i] for i in at) >= max(rest)
-        assert logged["selected/margin"] == near(sum(m[i] for i in at) / len(at)) and logged["unselected/margin"] == near(sum(rest) / len(rest))
-    assert metrics(tmp_path / "random")[0]["selected/indices"] != metrics(tmp_path / "oracle")[0]["selected/indices"]
+    assert results(tmp_path / "oracle")["flipped_selected"] == 0
+    assert 0 < results(tmp_path / "random")["flipped_selected"] < 1
+    unseen = [choice.seen is None for choice in choices]
+    assert unseen == [True] * 8 + [False] * 4
+
+    by_margin = metrics(tmp_path / "margin")
+    for (batch, seen, places), line in zip(choices[8:], by_margin, strict=True):
+        selected, unselected = [], []
+        for i, (logps, ref) in enumerate(zip(seen.logps.tolist(), batch.ref_logps.tolist())):
+            m = 0.1 * naive_ratio(logps, ref)
+            if i in places:
+                selected.append(m)
+            else:
+                unselected.append(m)
+        assert len(selected) == len(places)
+        assert min(selected) >= max(unselected)
+        assert line["selected/margin"] == near(mean(selected))
+        assert line["unselected/margin"] == near(mean(unselected))
+
+    at_random, by_oracle = metrics(tmp_path / "random")[0], metrics(tmp_path / "oracle")[0]
+    assert at_random["selected/indices"] != by_oracle["selected/indices"]
 
 
 def test_k_is_rounded_up(monkeypatch, flags, tmp_path):
     """K = ceil(0.3 x 16) = 5, and 4 of the last batch's 12."""
     run(monkeypatch, sams, *flags(tmp_path / "run", select="random", ratio=0.3))
-    assert [m["selected/pairs"] for m in metrics(tmp_path / "run")] == [5, 5, 5, 4]
+    assert [line["selected/pairs"] for line in metrics(tmp_path / "run")] == [5, 5, 5, 4]
 
 
 def test_the_reference_is_scored_once(monkeypatch, flags, tmp_path, world):
-    """A second run reads the file; other data, another model or another number format make another one."""
-    more = dict(reference=tmp_path / "reference", max_steps=1)
-    count = lambda: len(list((tmp_path / "reference").iterdir()))
-    run(monkeypatch, sams, *flags(tmp_path / "a", **more))
-    assert count() == 2  # training and held-out pairs
-    real, loads = sams.load_lm, []
+    """A second run reads the file; other data, model or number format make another one."""
+    reference = tmp_path / "reference"
+
+    def start(name: str, **more):
+        command = flags(tmp_path / name, reference=reference, max_steps=1, **more)
+        run(monkeypatch, sams, *command)
+
+    def files() -> int:
+        return len(list(reference.iterdir()))
+
+    start("a")
+    assert files() == 2  # training and held-out pairs
+
+    loads = []
+    load_lm = sams.load_lm
+
+    def count_loads(*args):
+        loads.append(args)
+        return load_lm(*args)
+
     with monkeypatch.context() as patch:
-        patch.setattr(sams, "load_lm", lambda *args: loads.append(args) or real(*args))
-        run(patch, sams, *flags(tmp_path / "b", **more, select="random"))
-    assert len(loads) == 1 and count() == 2
-    run(monkeypatch, sams, *flags(tmp_path / "c", **more | dict(limit=59)))
-    assert count() == 3
-    run(monkeypatch, sams, *flags(tmp_path / "f", **more, seed=1))  # as many pairs, others flipped
-    assert count() == 4
-    run(monkeypatch, sams, *flags(tmp_path / "d", **more, dtype="bfloat16", micro_batch=1))
-    run(monkeypatch, sams, *flags(tmp_path / "e", **more, model=world / "sft-early"))
-    assert count() == 8
+        patch.setattr(sams, "load_lm", count_loads)
+        start("b", select="random")
+    assert len(loads) == 1
+    assert files() == 2
+
+    start("c", limit=59)
+    assert files() == 3
+    start("f", seed=1)  # as many pairs, others flipped
+    assert files() == 4
+    start("d", dtype="bfloat16", micro_batch=1)
+    start("e", model=world / "sft-early")
+    assert files() == 8
+
+
+def test_new_weights_under_an_old_name_are_scored_again(world, tmp_path):
+    """The reference's file belongs to the weights in the model's folder, not to its path."""
+    c = tiny(reference=str(tmp_path / "reference"))
+    tok, _ = common.load_tokenizer(str(world / "sft"))
+    pairs, _ = common.encode_pairs(tok, training_rows(world)[:4], 32, 16)
+    folder = tmp_path / "model"
+    model = Model(str(folder), tok, CPU, torch.float32)
+
+    shutil.copytree(world / "sft", folder)
+    late = sams.reference_logps(c, model, pairs)
+    shutil.copytree(world / "sft-early", folder, dirs_exist_ok=True)
+    early = sams.reference_logps(c, model, pairs)
+    assert not torch.equal(early, late)
+
+    named_early = Model(str(world / "sft-early"), tok, CPU, torch.float32)
+    assert torch.equal(early, sams.reference_logps(c, named_early, pairs))
 
 
 def test_bf16_starts_at_exactly_0(flags, tmp_path):
-    """In bf16 with one pair a pass the first step's loss is ln 2 and its margin 0, to the bit; the run trains."""
-    assert forked(sams, *flags(tmp_path / "run", dtype="bfloat16", micro_batch=1, max_steps=3)) == 0
-    steps = metrics(tmp_path / "run")
-    assert steps[0]["rewards/margins"] == 0 and steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and steps[2]["rewards/margins"] != 0
+    """In bf16 with one pair a pass the first step's margin is 0 to the bit; the run trains."""
+    more = {"dtype": "bfloat16", "micro_batch": 1, "max_steps": 3}
+    assert forked(sams, *flags(tmp_path / "run", **more)) == 0
+    first, _, third = metrics(tmp_path / "run")
+    assert first["rewards/margins"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert third["rewards/margins"] != 0
 
 
 def test_selective_dpo_keeps_the_easiest(monkeypatch, flags, tmp_path, world):
-    """--preselect 0.5: every pair's difficulty is its DPO loss under the model of the other half; the easier half is trained on, with the selector."""
-    from transformers import AutoModelForCausalLM
-    run(monkeypatch, sams, *flags(tmp_path / "run", preselect=0.5, lr=1e-3))
+    """--preselect 0.5: a pair's difficulty is its DPO loss under the model of the other half.
+
+    The easier half is trained on, with the selector.
+    """
     out = tmp_path / "run"
+    run(monkeypatch, sams, *flags(out, preselect=0.5, lr=1e-3))
     difficulty = json.loads((out / "difficulty.json").read_text())
-    order = random.Random(common.seed_of(0, "halves")).sample(range(60), 60)
+    rows = training_rows(world)
     tok, _ = common.load_tokenizer(str(world / "sft"))
-    rows = flip_labels(common.hold_out(common.load_rows(str(world / "pairs.jsonl"), "pair")[0])[0][:60], 0.2, 0)
     pairs, _ = common.encode_pairs(tok, rows, 32, 16)
-    load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).double()
-    start = load(world / "sft")
-    for unseen_by, half in ((1, order[::2]), (0, order[1::2])):
-        model = load(out / f"half{unseen_by}/checkpoint")
-        for i in half[:5]:
-            p, y, z, _ = pairs[i]
+    start = load_exact(world / "sft")
+
+    order = random.Random(job.seed_of(0, "halves")).sample(range(60), 60)
+    for name, unseen in (("half1", order[::2]), ("half0", order[1::2])):
+        model = load_exact(out / name / "checkpoint")
+        for i in unseen[:5]:
             with torch.no_grad():
-                m = 0.1 * sum(sign * (naive_logp(model, p, side) - naive_logp(start, p, side)).item() for sign, side in ((1, y), (-1, z)))
-            assert difficulty[i] == pytest.approx(naive_loss(m), abs=1e-4)
+                ratio = naive_ratio(naive_logps(model, pairs[i]), naive_logps(start, pairs[i]))
+            assert difficulty[i] == pytest.approx(naive_loss(0.1 * ratio.item()), abs=1e-4)
     assert len(set(difficulty)) > 50
-    kept = sorted(sorted(range(60), key=lambda i: difficulty[i])[:30])
+
+    kept = sorted(range(60), key=lambda i: difficulty[i])[:30]
     is_flipped = [row["meta"].get("flipped", False) for row in rows]
     steps = metrics(out)
-    assert sum(m["batch/pairs"] for m in steps) == 30 and sum(m["batch/flipped"] for m in steps) == sum(is_flipped[i] for i in kept)
-    assert results(out)["preselect"] == 0.5 and [m["selected/pairs"] for m in steps] == [8, 7]
+    assert sum(line["batch/pairs"] for line in steps) == 30
+    assert sum(line["batch/flipped"] for line in steps) == sum(is_flipped[i] for i in kept)
+    assert results(out)["preselect"] == 0.5
+    assert [line["selected/pairs"] for line in steps] == [8, 7]
 
 
-@pytest.mark.parametrize("more, complaint", [
-    (dict(ratio=0), "--ratio must be above 0"), (dict(ratio=1.5), "--ratio"), (dict(flip=-0.1), "--flip"), (dict(preselect=0), "--preselect"), (dict(gamma=2), "--gamma"),
-    (dict(dtype="bfloat16"), "--dtype bfloat16 needs --micro_batch 1"), (dict(max_steps=0), "--max_steps"), (dict(limit=0), "--limit"), (dict(replay=-1), "--replay"),
-    (dict(beta=0), "--beta"), (dict(batch=10), "can't be divided"), (dict(max_prompt=2), "too few"), (dict(test="nothing.jsonl"), "nothing.jsonl: no such file"),
-])
-def test_bad_input_is_one_line_before_any_model(monkeypatch, flags, tmp_path, capsys, more, complaint):
+@pytest.mark.parametrize(
+    "more, complaint",
+    [
+        ({"ratio": 0}, "--ratio must be above 0"),
+        ({"ratio": 1.5}, "--ratio"),
+        ({"flip": -0.1}, "--flip"),
+        ({"preselect": 0}, "--preselect"),
+        ({"gamma": 2}, "--gamma"),
+        ({"dtype": "bfloat16"}, "--dtype bfloat16 needs --micro_batch 1"),
+        ({"max_steps": 0}, "--max_steps"),
+        ({"limit": 0}, "--limit"),
+        ({"replay": -1}, "--replay"),
+        ({"beta": 0}, "--beta"),
+        ({"batch": 10}, "can't be divided"),
+        ({"max_prompt": 2}, "too few"),
+        ({"test": "nothing.jsonl"}, "nothing.jsonl: no such file"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_model(
+    monkeypatch, flags, tmp_path, capsys, more, complaint
+):
     """Exit code 2, one line on stderr, no folder."""
-    assert complaint in refused(monkeypatch, capsys, sams, flags(tmp_path / "run", **more)) and not (tmp_path / "run").exists()
+    line = refused(monkeypatch, capsys, sams, flags(tmp_path / "run", **more))
+    assert complaint in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(monkeypatch, flags, tmp_path, capsys):
     """Counts, flips, steps and one pair with its masks; no folder, no model."""
-    monkeypatch.setattr(sams, "load_lm", lambda *a, **k: pytest.fail("a model was loaded"))
+
+    def no_model(*args, **kwargs):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(sams, "load_lm", no_model)
     run(monkeypatch, sams, *flags(tmp_path / "run"), "--dry_run")
     text = capsys.readouterr().out
-    assert "60 training pairs (12 flipped), 16 held-out pairs" in text and "4 steps" in text and "no loss: '<bos><|user|>" in text and "rejected, with loss" in text
+    assert "60 training pairs (12 flipped), 16 held-out pairs" in text
+    assert "4 steps" in text
+    assert "no loss: '<bos><|user|>" in text
+    assert "rejected, with loss" in text
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,942 @@
+"""Running a job: flags, ranks, files that survive a kill, and the outside of a training loop.
+
+Nothing here calls a model, reads a data set or knows one of the methods. The other modules and the
+scripts `import job` and write `job.` before each of these names, so that a reader can tell plumbing
+from method. torch.distributed.checkpoint is imported where it is needed: it takes seconds. The
+sections, from the top:
+
+    messages and seeds       die, seed_of
+    ranks                    rank, world_size, on_rank_0, barrier, sum_ranks, and what FSDP needs
+    being asked to stop      SIGTERM
+    files                    written whole or not at all
+    phases                   items -> rows in a file, on all ranks, resumable
+    flags                    a dataclass is the command line
+    the run's folder         config.json, run.json, --resume, --overwrite
+    training states          saved and loaded for any number of ranks; checkpoints
+    TrainingRun              the outside of a training loop
+    plan and report          what a run says before it starts and when it ends
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import typing
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------- messages and seeds
+
+
+def die(message: str) -> typing.NoReturn:
+    """Ends the program with one line on stderr and exit code 2, for mistakes in the input.
+
+    Under torchrun only rank 0 prints it.
+    """
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def seed_of(*parts) -> int:
+    """Returns a 63-bit seed made of numbers, strings, and lists or tuples of them.
+
+    Randomness belongs to what is drawn (an iteration, a step, a row), not to who draws it. The
+    parts' repr is hashed: a tensor's is abbreviated, an object's holds its address.
+    """
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+# ------------------------------------------------------------------------- ranks
+
+
+def rank() -> int:
+    """This process's number, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_rank_0() -> bool:
+    """Whether this is the process that writes files and speaks to the console.
+
+    It alone writes pairs, metrics, results, states and checkpoints. Where the others read the file
+    next, or have helped to gather what is in it, they wait for it at a barrier; else they go on.
+    Only a phase's finished batches are written by every rank, each into a part of its own.
+    """
+    return rank() == 0
+
+
+def barrier():
+    """Waits for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def leave():
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def torchrun_store() -> dict:
+    """Where torchrun's ranks meet, as arguments of init_process_group.
+
+    The ranks wait for each other for two days: phases differ in length from rank to rank (a slow
+    judge, a long answer), and a rank that dies ends the run through torchrun. After a restart they
+    meet elsewhere, or gloo would call the dead ranks' addresses.
+    """
+    patience = datetime.timedelta(days=2)
+    store, own_rank, world = next(dist.rendezvous("env://"))
+    store.set_timeout(patience)  # NCCL's ranks wait here for their first collective
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {
+        "store": dist.PrefixStore(restart, store),
+        "rank": own_rank,
+        "world_size": world,
+        "timeout": patience,
+    }
+
+
+def sum_ranks(values: dict[str, Tensor]) -> dict[str, float]:
+    """Sums each value over the ranks, in one collective and one wait for the device for all."""
+    total = torch.stack([value.double() for value in values.values()])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return dict(zip(values, total.tolist()))
+
+
+@functools.cache
+def node_mesh(device_type: str):
+    """The ranks as nodes x ranks of a node, for HSDP.
+
+    The model is replicated over the first axis and sharded over the second. torchrun's
+    LOCAL_WORLD_SIZE says how many ranks a node has.
+    """
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    shape = (world_size() // local, local)
+    return dist.init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def fill(module: nn.Module, full: nn.Module | None, device) -> nn.Module:
+    """Gives a sharded module on "meta" its memory on the device, and rank 0's weights and buffers.
+
+    full: the whole module on rank 0, None elsewhere. Buffers that no checkpoint holds, such as
+    rotary frequencies, are sent too: to_empty leaves them undefined.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    module.to_empty(device=device)
+    weights = full.state_dict() if full else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(module, weights, options=options)
+
+    buffers = dict(full.named_buffers()) if full else {}
+    for name, buffer in module.named_buffers():
+        value = buffers[name].to(buffer) if full else buffer
+        dist.broadcast(value, 0)
+        buffer.copy_(value)
+    return module
+
+
+# ------------------------------------------------------------------------- being asked to stop
+
+STOP = threading.Event()  # SIGTERM has come
+
+
+def stop_on_sigterm():
+    """Pre-emption: the first SIGTERM lets a training step, or a batch of a phase, end and be saved.
+
+    Then the program ends with exit code 0.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
+
+
+def stopped() -> typing.NoReturn:
+    """Ends the program because of SIGTERM; what was done is saved."""
+    if on_rank_0():
+        print("SIGTERM: what is done is saved; go on with --resume", file=sys.stderr)
+    sys.exit(0)
+
+
+# ------------------------------------------------------------------------- files
+
+
+def write_atomic(path: Path, text: str):
+    """Writes the whole file or nothing: a kill leaves the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def all_or_nothing(path: Path):
+    """Gives a name to write to, which is renamed to `path` at the end.
+
+    A full disk ends the run with one line, and what was there before is still there.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as fault:  # torch.save wraps what the disk says
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+        reason = str(fault).splitlines()[0]
+        sys.exit(
+            f"error: {path} could not be written ({reason}); the last state is intact: "
+            "make room, then go on with --resume"
+        )
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Reads a JSON lines file of ours.
+
+    Only "\\n" ends a line: str.splitlines would cut texts at U+2028 and its like.
+    """
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def json_lines(rows: Iterable[dict]) -> str:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def progress(items, note: str):
+    """A progress bar on rank 0, and only on a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=note, leave=False, disable=None if on_rank_0() else True)
+
+
+# ------------------------------------------------------------------------- phases
+
+
+def phase(
+    path: Path,
+    items: list,
+    work: Callable[[list, int], list[dict]],
+    size: int,
+    settings=None,
+    key: Callable | None = None,
+    note: str = "",
+) -> list[dict]:
+    """Maps items to rows, one for one, in a JSON lines file, on all ranks; returns the rows.
+
+    work(batch of items, the batch's number) returns their rows. Batches have `size` items, which
+    are neighbours under `key`, so that their lengths match. The batches and their numbers are the
+    same for any number of ranks and interruptions; so are the rows, if their seeds are made of the
+    batch's number.
+
+    Every finished batch is a line in PATH.partRANK, and a killed phase goes on from there. If it
+    was begun with other `settings` or items, the program ends; where items are indices, what they
+    point at belongs into `settings`. A finished phase is only read, whatever was changed since:
+    after a change of the code, delete its file or use another folder.
+    """
+    if not path.exists():
+        # 1. the batches, and a stamp of all that their rows depend on
+        order = list(range(len(items)))
+        if key:
+            order.sort(key=lambda i: key(items[i]))
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        stamp = f"{seed_of(settings, size, [str(item) for item in items]):016x}"
+
+        # 2. what an earlier start has left to do, shared out over the ranks
+        done = read_parts(path, stamp)
+        barrier()  # no rank writes before all have read
+        missing = [number for number in range(len(batches)) if number not in done]
+        mine = missing[rank() :: world_size()]
+
+        # 3. the work, batch by batch
+        run_batches(path, items, batches, mine, work, stamp, note or path.stem, size)
+        barrier()
+
+        # 4. all parts, put into the items' order
+        if on_rank_0():
+            done = read_parts(path, stamp)
+            rows = [None] * len(items)
+            for number, batch in enumerate(batches):
+                for i, row in zip(batch, done[number]):
+                    rows[i] = row
+            write_atomic(path, json_lines(rows))
+        barrier()
+
+    if on_rank_0():
+        for part in path.parent.glob(f"{path.name}.part*"):
+            part.unlink()
+    return read_jsonl(path)
+
+
+def run_batches(
+    path: Path, items, batches, mine: list[int], work, stamp: str, note: str, size: int
+):
+    """Does this rank's batches of a phase and appends each to PATH.partRANK as it is finished."""
+    part = path.with_name(f"{path.name}.part{rank()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    world = world_size()
+    plural = "s" if world > 1 else ""
+    with open(part, "a") as file:
+        file.write("\n")  # ends a line that a kill may have torn
+        for number in progress(mine, f"{note} ({world} rank{plural}, batches of {size})"):
+            if STOP.is_set():
+                stopped()
+            rows = work([items[i] for i in batches[number]], number)
+            entry = {"stamp": stamp, "batch": number, "rows": rows}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.flush()
+
+
+def read_parts(path: Path, stamp: str) -> dict[int, list]:
+    """The finished batches of a phase, from every whole line in PATH.part*.
+
+    Ends the program if they were begun with other settings.
+    """
+    done = {}
+    for part in sorted(path.parent.glob(f"{path.name}.part*")):
+        for line in part.read_text(errors="replace").split("\n"):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # a torn line: its batch is done again
+                continue
+            if entry["stamp"] != stamp:
+                die(
+                    f"{part} was begun with other settings or data: "
+                    "delete it, or write somewhere else"
+                )
+            done[entry["batch"]] = entry["rows"]
+    return done
+
+
+# ------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors in one line."""
+
+    def error(self, message):
+        die(f"{message} (see --help)")
+
+
+def parse(cls, presets: dict[str, dict] | None = None, argv: list[str] | None = None):
+    """Makes an instance of a frozen dataclass from the command line.
+
+    A field's comment is its --help (see field_notes), --a_b and --a-b are the same flag, and a
+    value is the flag's, else the preset's, else the field's default; --data without --test drops
+    the preset's held-out data. The dataclass refuses a value with a ValueError, which ends the
+    program with one line.
+    """
+    presets = presets or {}
+    parser = Parser(
+        description=sys.modules[cls.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_flags(parser, cls, presets.get("toy", {}))
+    given = vars(parser.parse_args(argv))
+
+    if presets:
+        default = "paper" if torch.cuda.is_available() else "toy"
+        preset = given.setdefault("preset", default)
+        values = dict(presets[preset])
+        if "data" in given:
+            values["test"] = None  # the preset's held-out data go with its training data
+        given = values | given
+    try:
+        return cls(**given)
+    except ValueError as fault:
+        die(str(fault))
+
+
+def add_flags(parser: argparse.ArgumentParser, cls, toy: dict):
+    """One flag per field of the dataclass; its help names the default, and the toy preset's."""
+    notes = field_notes(cls)
+    kinds = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        defaults = f"default: {default}"
+        if field.name in toy:
+            defaults += f"; toy: {toy[field.name]}"
+        text = f"{notes.get(field.name, '')} ({defaults})"
+
+        names = [f"--{field.name}", f"--{field.name.replace('_', '-')}"]
+        names += field.metadata.values()  # further names of the flag
+        parser.add_argument(
+            *dict.fromkeys(names),  # each once
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            help=text.replace("%", "%%"),
+            **flag_kind(kinds[field.name]),
+        )
+
+
+def flag_kind(kind) -> dict:
+    """argparse's words for the type of a field."""
+    options = typing.get_args(kind)
+    if type(None) in options:  # X | None
+        kind = options[0]
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": typing.get_args(kind)}
+    if typing.get_origin(kind) is list:
+        return {"nargs": "+", "type": str, "metavar": "X"}
+    return {"type": kind, "metavar": kind.__name__.upper()}
+
+
+def field_notes(cls) -> dict[str, str]:
+    """The comments of a dataclass's fields, by name: directly above a field, and behind it.
+
+    A comment that begins with "--" is the headline of a group and belongs to no field.
+    """
+    notes, comments = {}, []
+    for line in inspect.getsource(cls).splitlines():
+        field = re.match(r"    (\w+): ", line)
+        comment = re.search(r"(?:^|\s)#\s*(.+)$", line)
+        if comment and not comment[1].startswith("--"):
+            comments.append(comment[1])
+        if field and comments:
+            notes[field[1]] = " ".join(comments)
+        if field or not comment:
+            comments = []
+    return notes
+
+
+def check_positive(config, *names: str):
+    """ValueError for the first of these flags that is given and not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} must be above 0, not {value}")
+
+
+def check_not_negative(config, *names: str):
+    """ValueError for the first of these flags that is below 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= 0:
+            raise ValueError(f"--{name} must not be negative, not {value}")
+
+
+def check_offload(config):
+    """ValueError if --offload_reference is asked for where nothing is sharded."""
+    sharded = "RANK" in os.environ and config.parallel in ("fsdp", "hsdp")
+    if config.offload_reference and not sharded:
+        raise ValueError(
+            "--offload_reference needs torchrun (one rank will do) and --parallel fsdp or hsdp"
+        )
+
+
+# ------------------------------------------------------------------------- the run's folder
+
+
+def open_run(config, data: list[str | None], may_change: tuple[str, ...]) -> Path:
+    """Makes or enters the run's folder, and writes config.json and run.json into it.
+
+    A folder in use is refused without --resume or --overwrite, and so is resuming with other flags
+    than the run was begun with, those in `may_change` excepted. The files named in `data` are
+    recorded by hash.
+    """
+    out = Path(config.out)
+    if out.is_file():
+        die(f"{out} is a file: choose another --out")
+    used = out.exists() and any(out.iterdir())
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume = config.resume or (used and restarted)  # --max-restarts: the same command once more
+
+    begun = (out / "config.json").is_file()
+    if used and resume:
+        if not begun:
+            die(f"{out}: no config.json, so no run to resume")
+        check_same_flags(out, config, may_change)
+    elif used and not config.overwrite:
+        die(f"{out} is not empty: --resume to go on, --overwrite to begin again, or another --out")
+    elif used and not begun:
+        die(f"{out} holds no run (no config.json), so --overwrite does not touch it")
+
+    barrier()
+    if on_rank_0():
+        if used and not resume:
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        flags = dataclasses.asdict(config)
+        write_atomic(out / "config.json", json.dumps(flags, indent=1))
+        write_atomic(out / "run.json", json.dumps(provenance(data), indent=1))
+    barrier()
+    return out
+
+
+def check_same_flags(out: Path, config, may_change: tuple[str, ...]):
+    """Ends the program if the run in `out` was begun with other flags."""
+    before = json.loads((out / "config.json").read_text())
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    for name, value in now.items():
+        if name not in may_change and before.get(name) != value:
+            asked = getattr(config, name)
+            die(
+                f"{out} was begun with --{name} {before.get(name)}, not {asked}: "
+                "resume it as it was, or choose another --out"
+            )
+
+
+def provenance(data: list[str | None]) -> dict:
+    """Where a run's numbers come from: command, commit, versions, ranks, hashes of data files."""
+    import transformers
+
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    hashes = {}
+    for name in data:
+        if name and Path(name).is_file():
+            hashes[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    return {
+        "argv": sys.argv,
+        "git": git or None,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "world_size": world_size(),
+        "data": hashes,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+# ------------------------------------------------------------------------- training states
+
+
+def save_state(path: Path, parts: dict, **more):
+    """Saves modules with their optimizers, and plain values, as one file. All ranks must call it.
+
+    parts: {name: (module, optimizer)}. The file loads on any number of ranks. Frozen parameters are
+    not saved.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
+
+    full = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state = {}
+    for name, (module, optimizer) in parts.items():
+        weights = get_model_state_dict(module, options=full)
+        moments = get_optimizer_state_dict(module, optimizer, options=full)
+        state[name] = weights, moments
+    state["more"] = more
+
+    if on_rank_0():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with all_or_nothing(path) as temporary:
+            torch.save(state, temporary)
+    barrier()
+
+
+def load_state(path: Path, parts: dict) -> dict:
+    """Loads what save_state wrote into the same parts; returns its plain values."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    for name, (module, optimizer) in parts.items():
+        weights, moments = state[name]
+        set_model_state_dict(module, weights, options=options)
+        set_optimizer_state_dict(module, optimizer, moments, options=options)
+    return state["more"]
+
+
+def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str):
+    """Saves the policy as an ordinary Hugging Face folder, all or nothing. All ranks must call it.
+
+    The folder has weights in fp32, tokenizer, chat template, and the generation_config of `source`,
+    the model that the training started from.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from transformers import GenerationConfig
+
+    full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(scorer, options=full)
+    if on_rank_0():
+        shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)
+        lm = getattr(scorer, "module", scorer).lm  # DDP holds the scorer as .module
+        with contextlib.suppress(OSError):  # the source has none
+            lm.generation_config = GenerationConfig.from_pretrained(source)
+
+        weights = {name.removeprefix("lm."): value for name, value in state.items()}
+        if lm.config.tie_word_embeddings:
+            for name in lm._tied_weights_keys or {}:
+                weights.pop(name, None)  # it is the embedding, which is saved once
+        with all_or_nothing(folder) as temporary:
+            lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
+            tok.save_pretrained(temporary)
+    barrier()
+
+
+def finish(folder: Path) -> Path:
+    """Removes the state of a training that is done, and returns its checkpoint."""
+    if on_rank_0():
+        (folder / "state.pt").unlink(missing_ok=True)
+    return folder / "checkpoint"
+
+
+def truncate_metrics(path: Path, keep: Callable[[dict], bool]):
+    """Drops the lines of metrics.jsonl that are about to be measured again, and a torn last one."""
+    kept = []
+    text = path.read_text() if path.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if keep(json.loads(line)):
+                kept.append(line + "\n")
+    write_atomic(path, "".join(kept))
+
+
+# ------------------------------------------------------------------------- TrainingRun
+
+
+class TrainingRun:
+    """The outside of a training loop: where it starts, what it leaves on disk, when it must end.
+
+    It never calls the model and decides nothing about the training. A script's loop reads
+
+        run = job.TrainingRun(c, folder, steps, {"policy": (policy, optimizer)}, ...)
+        for step in run:
+            ...                                           # the method: forward, backward, step
+            metrics = run.reduce(step, sums, row_ids)     # the same numbers on every rank
+            run.write(step, metrics, lr=lr, grad_norm=norm)
+
+    and begins after the last step that an earlier start has saved in folder/state.pt. After every
+    c.save_every steps all is saved there again, and so it is on SIGTERM, which ends the program.
+
+    Every step leaves a line in the file `metrics`, which begins with `tags`. Lines of steps that
+    are about to be made again are dropped first. A script that trains several times into one file
+    counts the trainings in tags["iteration"], from 1: that is how the lines of earlier ones are
+    told.
+
+    steps: the indices of each optimizer step's pairs. parts: {name: (module, optimizer)} to save
+    and load. keeps: {name: object with state() and restore(state)}, likewise; a state is made of
+    tensors, numbers and containers of them. note: what the progress bar says before the first step.
+    place: where we are, for error messages.
+    """
+
+    def __init__(
+        self,
+        c,
+        folder: Path,
+        steps: list[list[int]],
+        parts: dict,
+        device,
+        *,
+        metrics: Path,
+        note: str,
+        tags: dict | None = None,
+        place: str = "",
+        keeps: dict | None = None,
+    ):
+        self.steps = steps
+        self.parts = parts
+        self.keeps = keeps or {}
+        self.device = device
+        self.file = metrics
+        self.tags = tags or {}
+        self.place = place
+        self.state = folder / "state.pt"
+        self.save_every = c.save_every
+        self.stop = False
+
+        more = load_state(self.state, parts) if self.state.exists() else {"step": 0}
+        self.first = more["step"]
+        for name, thing in self.keeps.items():
+            if name in more:
+                thing.restore(more[name])
+
+        if on_rank_0():
+            metrics.parent.mkdir(parents=True, exist_ok=True)
+            truncate_metrics(metrics, self.is_done)
+        barrier()
+        self.bar = progress(range(self.first, len(steps)), note)
+        self.started = time.time()
+
+    def is_done(self, line: dict) -> bool:
+        """Whether a line of metrics is of an earlier iteration, or of a step that is saved."""
+        now = self.tags.get("iteration", 0), self.first
+        return (line.get("iteration", 0), line["step"]) <= now
+
+    def __iter__(self) -> Iterator[int]:
+        """The steps to make; between two of them, saving and stopping."""
+        for step in self.bar:
+            yield step
+            last = step + 1 == len(self.steps)  # then comes the checkpoint
+            if not last and (self.stop or (step + 1) % self.save_every == 0):
+                more = {name: thing.state() for name, thing in self.keeps.items()}
+                save_state(self.state, self.parts, step=step + 1, **more)
+            if self.stop:
+                stopped()
+
+    def reduce(self, step: int, sums: dict[str, Tensor], row_ids: list[str]) -> dict[str, float]:
+        """Sums a step's metrics over the ranks. A loss that is not finite ends the program.
+
+        Then nothing of this step is saved, since the scripts call this before write(): state.pt is
+        the last one, and the metrics end with the step before.
+
+        sums: each rank's part of the metrics, those of common.preference_metrics among them.
+        row_ids: the rows of the step, for the message.
+        """
+        asked = torch.tensor(float(STOP.is_set()), device=self.device)
+        metrics = sum_ranks({**sums, "stop": asked})
+        self.stop = metrics.pop("stop") > 0  # on all ranks if on one
+
+        loss = metrics["loss"]
+        if not math.isfinite(loss):
+            where = f"{self.place}, step {step + 1}" if self.place else f"step {step + 1}"
+            sys.exit(
+                f"error: the loss is {loss} at {where}, rows {row_ids}: "
+                "lower --lr, or look at these rows"
+            )
+        reward = metrics["rewards/chosen"]
+        if step == 0 and abs(reward) > 1e-3:
+            print(
+                "warning: before the first step the policy differs from its reference "
+                f"by a reward of {reward:+.4f}; it should be 0",
+                file=sys.stderr,
+            )
+        return metrics
+
+    def write(self, step: int, metrics: dict, *, lr: float, grad_norm: float, more: str = ""):
+        """Appends a step's line to the file of metrics and shows it; `more` is shown only.
+
+        Without a terminal, where there is no bar, every quarter of the steps is a printed line.
+        """
+        if not on_rank_0():
+            return
+        seconds = time.time() - self.started
+        pairs = sum(len(indices) for indices in self.steps[self.first : step + 1])
+        line = {
+            **self.tags,
+            "step": step + 1,
+            **metrics,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "memory_gib": memory_gib(self.device),
+            "pairs_per_second": pairs / seconds,
+        }
+        with open(self.file, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+        total = len(self.steps)
+        per_step = seconds / (step - self.first + 1)
+        text = metric_line(line, total, per_step * (total - step - 1)) + more
+        self.bar.set_description_str(text)
+        if self.bar.disable and (step + 1) % max(1, total // 4) == 0:
+            print(text, flush=True)
+
+
+def metric_line(m: dict, steps: int, seconds_left: float) -> str:
+    """One step's metrics (keys as in TRL) as one line for people."""
+    iteration = f"iter {m['iteration']} · " if "iteration" in m else ""
+    minutes, seconds = divmod(int(seconds_left), 60)
+    return (
+        f"{iteration}step {m['step']}/{steps} · loss {m['loss']:.3f}"
+        f" · margin {m['rewards/margins']:+.2f} · acc {m['rewards/accuracies']:.2f}"
+        f" · |g| {m['grad_norm']:.1f} · lr {m['lr']:.1e}"
+        f" · {m['pairs_per_second']:.1f} pair/s · {m['memory_gib']:.1f} GiB"
+        f" · {minutes}:{seconds:02d} left"
+    )
+
+
+def memory_gib(device) -> float:
+    """Peak memory in GiB: the CUDA allocator's, or this process's resident set."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ------------------------------------------------------------------------- plan and report
+
+
+def memory_parts(
+    lm,
+    c,
+    *,
+    chunk: int,
+    reference: bool,
+    heads: dict[str, int] | None = None,
+) -> dict[str, float]:
+    """Bytes on each rank, by arithmetic. lm: the model's shapes.
+
+    P weights in fp32 take 4P bytes, their gradients 4P and Adam 8P. A resident reference takes 4P;
+    offloaded, 4 for each weight outside the layers. Another trained head (heads: its name and its
+    number of weights) takes 16 for each of them. All this is divided by the ranks that shard it.
+
+    Beside them, sharded layers are gathered for their use, the running and the next one, and
+    embedding and head; unsharded ones have bf16 copies, all of them or, with activation
+    checkpointing, those in use.
+
+    Activations are an estimate: what every Llama layer keeps of each token. With activation
+    checkpointing that is its input only, and one and a half whole layers, which are being
+    recomputed and have gradients. To this come four fp32 blocks of logits of `chunk` tokens, eight
+    with another head on them.
+    """
+    heads = heads or {}
+    world = world_size()
+    shards = 1
+    if dist.is_initialized() and c.parallel == "fsdp":
+        shards = world
+    elif dist.is_initialized() and c.parallel == "hsdp":
+        shards = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    config = lm.config
+    V, D, L = config.vocab_size, config.hidden_size, config.num_hidden_layers
+    P = sum(p.numel() for p in lm.parameters())
+    in_layers = sum(p.numel() for p in lm.model.layers.parameters())
+    one_layer = (P - V * D) / L
+    number = 2 if c.dtype == "bfloat16" else 4  # bytes of a computed number
+
+    parts = {"weights": 4 * P / shards, "gradients": 4 * P / shards, "Adam": 8 * P / shards}
+    if shards > 1:
+        parts["gathered layers"] = (2 * one_layer + 2 * V * D) * number
+    elif number == 2:
+        parts["bf16 copies"] = 2 * (V * D + one_layer if c.activation_checkpointing else P)
+    if reference:
+        offloaded = in_layers if c.offload_reference else 0
+        parts["reference"] = 4 * (P - offloaded) / shards
+    for name, weights in heads.items():
+        parts[name] = 16 * weights / shards
+
+    micro = min(c.micro_batch, c.batch // world)
+    tokens = 2 * micro * (c.max_prompt + c.max_response)
+    # of each token and layer: norms and residual stream in fp32, the rest as computed
+    layer = (28 + 4 * number) * D + 4 * config.intermediate_size * number
+    if c.activation_checkpointing:
+        kept = tokens * (4 * L * D + 1.5 * layer)
+    else:
+        kept = tokens * (L * layer)
+    blocks = 8 if heads else 4
+    logits = blocks * 4 * V * min(chunk, 2 * micro * c.max_response)
+    parts["activations up to about"] = kept + logits
+    return parts
+
+
+def memory_plan(lm, c, **what) -> str:
+    """The parts of a rank's memory as one line, in GiB."""
+    parts = memory_parts(lm, c, **what)
+    total = sum(parts.values())
+    listed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    return f"memory of a rank: {total / 2**30:.2f} GiB = {listed}"
+
+
+def preset_note(c) -> str:
+    """The preset, and who chose it."""
+    if any(argument.startswith("--preset") for argument in sys.argv):
+        return f"preset {c.preset} (asked for)"
+    found = "under" if torch.cuda.is_available() else "without"
+    return f"preset {c.preset} (default {found} CUDA)"
+
+
+def left_out_note(dropped: Counter) -> str:
+    """How many rows were left out, by reason, to follow a count of those that were not."""
+    return "".join(f", {n} left out: {why}" for why, n in dropped.items() if n)
+
+
+def batch_note(c, steps: str, device) -> str:
+    """What a step is made of and where it is computed. steps: how many there will be, in words."""
+    world = world_size()
+    micro = min(c.micro_batch, c.batch // world)
+    parts = [
+        f"batch {c.batch} = {world} ranks x {micro} pairs"
+        f" x {c.batch // world // micro} micro-batches",
+        steps,
+        str(device),
+        c.parallel if dist.is_initialized() else "one process",
+        f"weights float32, compute {c.dtype}",
+    ]
+    if c.activation_checkpointing:
+        parts.append("activation checkpointing")
+    return " · ".join(parts)
+
+
+def write_results(out: Path, results: dict, started: float):
+    """Writes results.json, with the seconds since `started`."""
+    if on_rank_0():
+        seconds = round(time.time() - started, 1)
+        write_atomic(out / "results.json", json.dumps({**results, "seconds": seconds}, indent=1))
+
+
+def write_samples(out: Path, after_each: str, folders: dict[str, Path]):
+    """Writes samples.md: the first three held-out prompts and everybody's answers to them.
+
+    after_each: "iteration" or "slice". folders: by name, where a test.jsonl lies.
+    """
+    answers = {name: read_jsonl(folder / "test.jsonl")[:3] for name, folder in folders.items()}
+    text = "# Three held-out prompts, the annotated answer, and the model's after each "
+    text += f"{after_each}\n"
+    first, *_ = answers.values()
+    for i, row in enumerate(first):
+        text += f"\n## {row['prompt'][-1]['content']}\n\nannotated: {row['annotated']}\n"
+        for name, rows in answers.items():
+            text += f"\n{name}: {rows[i]['response']}\n"
+    write_atomic(out / "samples.md", text)
+
+
+def show_end(out: Path, files: str, model: str, started: float):
+    """The last lines on the console: where everything is, and how to load the model."""
+    print(
+        f"{time.time() - started:.0f} s · {out}/{files} · the model:\n"
+        f"  lm = AutoModelForCausalLM.from_pretrained({model!r})\n"
+        f"  tok = AutoTokenizer.from_pretrained({model!r})"
+    )
+
+
+def table(rows: list[dict], columns: list[str]) -> str:
+    """Rows as a table for the console and for Markdown."""
+    cells = [columns]
+    for row in rows:
+        cells.append([show_cell(row.get(name)) for name in columns])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+
+    lines = []
+    for line in cells:
+        padded = [cell.rjust(width) for cell, width in zip(line, widths)]
+        lines.append("| " + " | ".join(padded) + " |")
+    ruler = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return "\n".join([lines[0], ruler, *lines[1:]])
+
+
+def show_cell(value) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
