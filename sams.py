@@ -146,9 +146,9 @@ def batch_reward(before: float, after: float) -> float:
 def min_max(x: Tensor) -> Tensor:
     """(x - min) / (max - min), and 0.5 everywhere where all are equal. [n] -> [n]."""
     low, high = x.min(), x.max()
-    if high == low:
-        return torch.full_like(x, 0.5)
-    return (x - low) / (high - low)
+    if high > low:
+        return (x - low) / (high - low)
+    return torch.full_like(x, 0.5)
 
 
 def sample_reward(

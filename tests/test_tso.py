@@ -916,6 +916,14 @@ def test_slices_share_the_prompts_out(world):
     assert sorted(sum(slices, [])) == sorted(rest)
 
 
+def test_there_are_no_more_held_out_prompts_than_the_limit(world):
+    """--test_prompts of them, but at most --limit, from a file of their own or not."""
+    for test in (world / "test.jsonl", None):
+        for limit, count in ((40, 8), (5, 5)):
+            _, test_ids = read_slices(world, test=test, limit=limit, test_prompts=8)
+            assert len(test_ids) == count
+
+
 def test_slices_differ_by_at_most_one_prompt(world):
     """9 prompts in 6 slices, 10 in 4: none is empty."""
     for limit, count in ((9, 6), (10, 4)):
