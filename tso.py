@@ -158,7 +158,7 @@ def similarity(answers: list[list[int]]) -> float | None:
 def skewness_kurtosis(scores: list[float]) -> tuple[float, float] | None:
     """Fig. 5: E[((s - mean)/std)^3] and E[((s - mean)/std)^4] - 3 of the scores of one prompt.
 
-    None if all scores are equal.
+    None if all scores are equal, or there are none.
     """
     if len(set(scores)) < 2:
         return None
@@ -414,7 +414,7 @@ def sample_matrix(c, at: Slice, policy: Model, older: list[str], sampling: Sampl
     for i, row in enumerate(at.rows):
         if "human" in c.positives and row.get("response"):
             positives["human"][i].append(Answer(row["response"], ended=True))
-        if "human" in c.negatives and row.get("rejected"):
+        if row.get("rejected"):  # read only if human negatives are asked for
             negatives["human"][i].append(Answer(row["rejected"], ended=True))
     return Candidates(without_empty_cells(positives), without_empty_cells(negatives))
 
@@ -500,28 +500,40 @@ def diversity(candidates: Candidates, model: Model) -> dict[str, dict]:
     That is distinct-2 and the mean pairwise similarity, averaged over the prompts. The tokens are
     the model's.
     """
-    encoded = {}  # cell -> prompt -> the ids of its answers
-    for cell in dict.fromkeys([*CELLS["negatives"], *CELLS["positives"]]):
-        for side in candidates:
-            for i, answers in enumerate(side.get(cell, [])):
-                ids = [model.tok(a.text, add_special_tokens=False)["input_ids"] for a in answers]
-                encoded.setdefault(cell, {}).setdefault(i, []).extend(ids)
-
-    found = {"all": diversity_of(list(encoded.values()))}
-    if len(encoded) > 1:
-        for name in encoded:
-            rest = [prompts for cell, prompts in encoded.items() if cell != name]
-            found[f"without {name}"] = diversity_of(rest)
+    sides = [token_ids(side, model) for side in candidates]
+    names = [name for name in CELLS["negatives"] if any(name in side for side in sides)]
+    found = {"all": diversity_of(sides, names)}
+    if len(names) > 1:
+        for name in names:
+            rest = [other for other in names if other != name]
+            found[f"without {name}"] = diversity_of(sides, rest)
     return found
 
 
-def diversity_of(cells: list[dict[int, list[list[int]]]]) -> dict[str, float | None]:
-    """distinct-2 and similarity of each prompt's answers from these cells, averaged."""
+def token_ids(
+    cells: dict[str, list[list[Answer]]], model: Model
+) -> dict[str, list[list[list[int]]]]:
+    """The answers of each cell to each prompt as token ids."""
+    encoded = {}
+    for cell, prompts in cells.items():
+        encoded[cell] = []
+        for answers in prompts:
+            ids = [model.tok(a.text, add_special_tokens=False)["input_ids"] for a in answers]
+            encoded[cell].append(ids)
+    return encoded
+
+
+def diversity_of(
+    sides: list[dict[str, list[list[list[int]]]]], names: list[str]
+) -> dict[str, float | None]:
+    """distinct-2 and similarity of each prompt's answers from the cells `names`, averaged."""
+    cells = []
+    for name in names:
+        cells += [side[name] for side in sides if name in side]
+
     distinct, similar = [], []
-    for i in range(len(cells[0])):
-        answers = []
-        for cell in cells:
-            answers += cell[i]
+    for of_cells in zip(*cells):  # the answers to one prompt
+        answers = list(itertools.chain(*of_cells))
         distinct.append(distinct2(answers))
         likeness = similarity(answers)
         if likeness is not None:
@@ -581,8 +593,8 @@ def correct_pairs(
 ) -> list[dict]:
     """The pairs with their final verdicts, in the slice's pairs.jsonl.
 
-    The file is written before the training and never after it: of a trained slice it holds what it
-    was trained on.
+    The file is written before the training and never after it, and is read back: of a trained slice
+    it holds what it was trained on.
     """
     silent = [pair["id"] for pair in made if pair["id"] not in people]
     if c.judge == "none" and c.correct and not at.trained and silent:
@@ -591,12 +603,16 @@ def correct_pairs(
             "add them to --verdicts, or name a --judge"
         )
     text = job.json_lines(apply_verdicts(made, judged, people, at.name))
-    file, state = at.folder / "pairs.jsonl", at.folder / "state.pt"
+    file = at.folder / "pairs.jsonl"
+
+    # a training that has begun goes on with the pairs that it was begun with
+    state = at.folder / "state.pt"
     if state.exists() and file.read_text() != text:
         job.die(
             f"slice {at.name} is being trained on pairs with other verdicts: "
             f"go on with those, or delete {state}"
         )
+
     if job.on_rank_0() and not at.trained:
         job.write_atomic(file, text)
     job.barrier()
@@ -625,13 +641,19 @@ def apply_verdicts(
             "by": "person" if by_person else "judge",
             "unreadable": by_judge["unreadable"] and not by_person,
         }
-        chosen, rejected = pair["chosen"], pair["rejected"]
-        if meta["verdict"] == "swap":
-            chosen, rejected = rejected, chosen
-            ended = meta["rejected_ended"], meta["chosen_ended"]
-            meta["chosen_ended"], meta["rejected_ended"] = ended
-        corrected.append({**pair, "chosen": chosen, "rejected": rejected, "meta": meta})
+        pair = {**pair, "meta": meta}
+        corrected.append(swapped(pair) if meta["verdict"] == "swap" else pair)
     return corrected
+
+
+def swapped(pair: dict) -> dict:
+    """The pair with its sides exchanged."""
+    meta = {
+        **pair["meta"],
+        "chosen_ended": pair["meta"]["rejected_ended"],
+        "rejected_ended": pair["meta"]["chosen_ended"],
+    }
+    return {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"], "meta": meta}
 
 
 def read_verdicts(path: str, c) -> dict[str, str]:
@@ -719,9 +741,12 @@ def train(c, at: Slice, pairs: list[Pair], start: Model):
     # the steps, and what is around them
     sizes = [pair.tokens for pair in pairs] if c.sort_by_length else None
     steps = step_order(len(pairs), c, c.seed, "order", at.name, sizes=sizes)
-    file, tags = at.folder.parent / "metrics.jsonl", {"iteration": at.number, "slice": at.name}
-    names = {"note": f"slice {at.name}", "place": f"slice {at.name}"}
-    run = job.TrainingRun(c, at.folder, steps, parts, device, metrics=file, tags=tags, **names)
+    file = at.folder.parent / "metrics.jsonl"
+    tags = {"iteration": at.number, "slice": at.name}
+    place = f"slice {at.name}"
+    run = job.TrainingRun(
+        c, at.folder, steps, parts, device, metrics=file, note=place, tags=tags, place=place
+    )
     if c.offload_reference:
         reference.lm.model.layers.cpu()  # now that TrainingRun has loaded all of it
 
@@ -836,9 +861,8 @@ def read_rows(c, tok) -> tuple[list[list[dict]], list[dict], Counter]:
 
 def has_pairs(spec: str) -> bool:
     """Whether the first row has a rejected side."""
-    for _, row in datafiles.read_raw(spec):
-        return isinstance(row, dict) and bool(row.get("rejected") or row.get("generated"))
-    return False
+    _, row = next(iter(datafiles.read_raw(spec)), (None, None))
+    return isinstance(row, dict) and bool(row.get("rejected") or row.get("generated"))
 
 
 # ------------------------------------------------------------------------- measurements

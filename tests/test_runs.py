@@ -632,7 +632,7 @@ def test_the_reported_numbers_are_those_of_the_files(plain, world):
 def test_every_iteration_goes_on_with_the_model_that_the_last_one_made(
     monkeypatch, flags, world, tmp_path
 ):
-    """Iteration k samples from pi_k, trains pi_k beside pi_k, and measures pi_{k+1}."""
+    """Iteration k samples from pi_{k-1}, trains it beside itself, and measures pi_k."""
     out, load_lm, loaded = tmp_path / "run", common.load_lm, []
 
     def note_and_load(path, dtype, device):
@@ -823,6 +823,8 @@ def test_the_seed_decides_the_run(monkeypatch, flags, tmp_path):
     assert results(tmp_path / "a") == results(tmp_path / "b")
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
     assert metrics(tmp_path / "a") != metrics(tmp_path / "c")
+    for name in ("iter0/answers.jsonl", "iter1/responses.jsonl", "iter1/new.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes()
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(monkeypatch, flags, tmp_path, capsys):
@@ -836,3 +838,9 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(monkeypatch, flags, tmp_pat
     assert "no loss: '<bos><|user|>" in text
     assert "<eos>' (" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_the_limit_is_one_of_held_out_prompts_too(monkeypatch, flags, tmp_path, capsys):
+    """--limit takes the first of the training prompts, and at most as many held-out ones."""
+    run(monkeypatch, dnpo, *flags(tmp_path / "run", limit=5), "--dry_run")
+    assert "5 training, 5 held-out prompts" in capsys.readouterr().out

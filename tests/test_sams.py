@@ -1,6 +1,7 @@
 """sams.py: its equations against naive loops, the bandit's order of events, and whole runs."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -8,6 +9,7 @@ import math
 import random
 import shutil
 import signal
+import threading
 from typing import NamedTuple
 
 import pytest
@@ -493,6 +495,20 @@ def test_a_fit_is_one_pass_over_the_replay():
     assert len(parts[0]) == len(parts[1]) == 2
 
 
+def test_the_bytes_of_the_bandit_are_those_of_its_tensors():
+    """Weights, gradients, Adam's two moments, and the contexts in the replay."""
+    bandit = Bandit(2, 8, tiny(replay=2), CPU)
+    for t in range(4):
+        numbered_round(bandit, t)
+    total = 0
+    for p in bandit.selector.parameters():
+        state = bandit.optimizer.state[p]
+        total += p.nbytes + p.grad.nbytes + state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
+    for contexts, _ in bandit.replay:
+        total += contexts.nbytes
+    assert bandit.nbytes() == total
+
+
 def test_the_selector_learns_what_is_rewarded():
     """Where the reward is a function of the context, 60 rounds teach it.
 
@@ -837,10 +853,11 @@ def test_the_reported_numbers_are_those_of_the_model(plain, world):
     by_hand = held_out_by_hand(world, plain / "checkpoint")
     assert {key: report[key] for key in by_hand} == pytest.approx(by_hand, abs=1e-4)
 
-    is_flipped = []
+    is_flipped, tokens = [], []
     for row in training_rows(world):
         solution = "".join(sorted(row["prompt"][0]["content"]))
         is_flipped.append(row["chosen"] != solution)
+        tokens.append(len(row["chosen"]) + 1 + len(row["rejected"]) + 1)  # letters, and two ends
     assert sum(is_flipped) == 12
 
     batches = batches_by_hand(60, 3, 16)[:10]
@@ -850,6 +867,9 @@ def test_the_reported_numbers_are_those_of_the_model(plain, world):
         assert len(selected) == math.ceil(len(batch) / 2) == line["selected/pairs"]
         assert line["batch/flipped"] == sum(is_flipped[i] for i in batch)
         assert line["selected/flipped"] == sum(is_flipped[i] for i in selected)
+        unselected = set(batch) - set(selected)
+        assert line["selected/length"] == near(mean([tokens[i] for i in selected]))
+        assert line["unselected/length"] == near(mean([tokens[i] for i in unselected]))
 
     def total(name: str) -> float:
         return sum(line[name] for line in steps)
@@ -985,22 +1005,61 @@ def test_the_reference_is_scored_once(monkeypatch, flags, tmp_path, world):
     assert files() == 8
 
 
-def test_new_weights_under_an_old_name_are_scored_again(world, tmp_path):
-    """The reference's file belongs to the weights in the model's folder, not to its path."""
-    c = tiny(reference=str(tmp_path / "reference"))
+@pytest.fixture
+def seven(world, tmp_path) -> tuple[Config, Model, list[Pair]]:
+    """Seven pairs to be scored by sft in batches of three."""
+    c = tiny(batch=3, out=str(tmp_path / "run"), reference=str(tmp_path / "reference"))
     tok, _ = common.load_tokenizer(str(world / "sft"))
-    pairs, _ = common.encode_pairs(tok, training_rows(world)[:4], 32, 16)
-    folder = tmp_path / "model"
-    model = Model(str(folder), tok, CPU, torch.float32)
+    pairs, _ = common.encode_pairs(tok, training_rows(world)[:7], 32, 16)
+    return c, Model(str(world / "sft"), tok, CPU, torch.float32), pairs
 
+
+def test_new_weights_under_an_old_name_are_scored_again(seven, world, tmp_path):
+    """The reference's file belongs to the weights in the model's folder, not to its path."""
+    c, model, pairs = seven
+    folder = tmp_path / "model"
+    copied = dataclasses.replace(model, path=str(folder))
     shutil.copytree(world / "sft", folder)
-    late = sams.reference_logps(c, model, pairs)
+    late = sams.reference_logps(c, copied, pairs)
     shutil.copytree(world / "sft-early", folder, dirs_exist_ok=True)
-    early = sams.reference_logps(c, model, pairs)
+    early = sams.reference_logps(c, copied, pairs)
     assert not torch.equal(early, late)
 
-    named_early = Model(str(world / "sft-early"), tok, CPU, torch.float32)
-    assert torch.equal(early, sams.reference_logps(c, named_early, pairs))
+    original = dataclasses.replace(model, path=str(world / "sft-early"))
+    assert torch.equal(early, sams.reference_logps(c, original, pairs))
+
+
+def test_a_killed_scoring_keeps_its_whole_lines_and_makes_the_torn_one_again(seven, tmp_path):
+    """What a killed start has written is neither made again nor trusted where it is torn."""
+    c, model, pairs = seven
+    whole = sams.logps_in_file(c, tmp_path / "whole.jsonl", model, pairs, "whole")
+
+    part = tmp_path / f"killed.jsonl.{job.seed_of(c.out):016x}.part"
+    part.write_text("[1.0, 2.0]\n" * 6 + "[3.0, 4")
+    found = sams.logps_in_file(c, tmp_path / "killed.jsonl", model, pairs, "killed")
+    assert found[:6].tolist() == [[1.0, 2.0]] * 6
+    assert torch.equal(found[6], whole[6])
+    assert not part.exists()
+
+
+def test_a_scoring_that_is_asked_to_stop_ends_after_a_batch_and_goes_on(
+    monkeypatch, seven, tmp_path
+):
+    """On SIGTERM the batch is written and the exit code is 0; the next start makes the rest."""
+    c, model, pairs = seven
+    whole = sams.logps_in_file(c, tmp_path / "whole.jsonl", model, pairs, "whole")
+
+    file = tmp_path / "stopped.jsonl"
+    asked = threading.Event()
+    asked.set()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(job, "STOP", asked)
+        sams.logps_in_file(c, file, model, pairs, "stopped")
+    assert end.value.code == 0
+    assert not file.exists()
+    (part,) = tmp_path.glob("stopped.jsonl.*.part")
+    assert len(lines(part)) == 3
+    assert torch.equal(sams.logps_in_file(c, file, model, pairs, "stopped"), whole)
 
 
 def test_bf16_starts_at_exactly_0(flags, tmp_path):
@@ -1042,6 +1101,24 @@ def test_selective_dpo_keeps_the_easiest(monkeypatch, flags, tmp_path, world):
     assert sum(line["batch/flipped"] for line in steps) == sum(is_flipped[i] for i in kept)
     assert results(out)["preselect"] == 0.5
     assert [line["selected/pairs"] for line in steps] == [8, 7]
+
+
+def test_the_easiest_share_is_rounded_up(monkeypatch, tmp_path):
+    """--preselect 0.3 keeps ceil(3.3) = 4 of 11 pairs: those of the largest margins."""
+    pairs = random_pairs(11)
+    data = Data(pairs, torch.zeros(11, 2), [False] * 11)
+
+    def do_nothing(*args):
+        pass
+
+    def logps_that_rise(c, file, model, pairs, note):
+        numbers = [int(pair.id.removeprefix("pair-")) for pair in pairs]
+        return torch.tensor([[float(number), 0.0] for number in numbers])
+
+    monkeypatch.setattr(sams, "train", do_nothing)
+    monkeypatch.setattr(sams, "logps_in_file", logps_that_rise)
+    start = Model("start", None, CPU, torch.float32)
+    assert sams.easiest(tiny(preselect=0.3), data, data, start, tmp_path) == [7, 8, 9, 10]
 
 
 @pytest.mark.parametrize(

@@ -749,6 +749,29 @@ def test_the_judge_keeps_swaps_or_drops_every_pair(tmp_path, rule, verdict):
     assert len(ends) > 1
 
 
+def test_what_became_of_the_pairs_is_counted_by_cell(tmp_path):
+    """A pair that could not be read is dropped, and counted as unreadable too."""
+    pair = {"meta": {"cell": "current > older"}}
+    other = {"meta": {"cell": "human > older"}}
+    pairs = [
+        with_verdict(pair, "keep", "judge"),
+        with_verdict(pair, "drop", "judge"),
+        with_verdict(pair, "drop", "judge", unreadable=True),
+        with_verdict(other, "swap", "person"),
+        with_verdict(other, "drop", "judge", unreadable=True),
+        with_verdict(other, "drop", "judge", unreadable=True),
+    ]
+    step = {"rewards/chosen": 0, "rewards/rejected": 0, "clipped/chosen": 0, "clipped/rejected": 0}
+    write_lines(tmp_path / "metrics.jsonl", [{"slice": "1.1", **step}])
+    at = slice_of(2, tmp_path / "round1-slice1")
+    summary = tso.training_summary(tmp_path, at, pairs, [], Counter())
+
+    assert summary["made"] == 6
+    one = {"pairs": 3, "kept": 1, "swapped": 0, "dropped": 2, "unreadable": 1}
+    two = {"pairs": 3, "kept": 0, "swapped": 1, "dropped": 2, "unreadable": 2}
+    assert summary["cells"] == {"current > older": one, "human > older": two}
+
+
 def test_without_correction_every_pair_is_kept(tmp_path):
     """--no-correct asks nobody."""
 
