@@ -433,8 +433,9 @@ def sample_answers(
 def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> list[dict]:
     """Annotated rows and the model's answers to them as preference rows, in pairs.jsonl.
 
-    An answer that was cut gets no end-of-sequence token, neither in the training nor in the logged
-    log-probs: both take their ids from common.side_ids, which asks meta.*_ended.
+    An answer that was cut, by sampling (meta.*_ended) or later by --max_response, gets no
+    end-of-sequence token, neither in the training nor in the logged log-probs: see
+    common.response_ids.
     """
 
     def work(items, number):
@@ -547,7 +548,7 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
     if c.offload_reference:
         reference.lm.model.layers.cpu()  # now that TrainingRun has loaded all of it
 
-    for step in run:  # goes on after a kill, ends on SIGTERM
+    for step in run:  # goes on after a kill; ends on SIGTERM, and in reduce() on NaN
         factor = lr_factor(step, len(steps), c.warmup)
         for update in updates:
             # the update is part of the seed: each draws new noise; the last one's sums are logged

@@ -84,9 +84,9 @@ def world_size() -> int:
 def on_rank_0() -> bool:
     """Whether this is the process that writes files and speaks to the console.
 
-    It alone writes pairs, metrics, results, states and checkpoints. Where the others read the file
-    next, or have helped to gather what is in it, they wait for it at a barrier; else they go on.
-    Only a phase's finished batches are written by every rank, each into a part of its own.
+    It alone writes files. The others wait at a barrier for what they read next or have helped to
+    gather (pairs.jsonl, state.pt, checkpoint/); past a line of metrics.jsonl and past results.json
+    they go on. Only a phase's finished batches are written by every rank, into a part of its own.
     """
     return rank() == 0
 
@@ -707,8 +707,8 @@ class TrainingRun:
     def reduce(self, step: int, sums: dict[str, Tensor], row_ids: list[str]) -> dict[str, float]:
         """Sums a step's metrics over the ranks. A loss that is not finite ends the program.
 
-        Then nothing of this step is saved, since the scripts call this before write(): state.pt is
-        the last one, and the metrics end with the step before.
+        Then every rank exits with one line, and nothing of this step is saved, since the scripts
+        call this before write(): state.pt is the last one, the metrics end with the step before.
 
         sums: each rank's part of the metrics, those of common.preference_metrics among them.
         row_ids: the rows of the step, for the message.

@@ -590,7 +590,7 @@ def train(c, how: str, data: Data, held: Data, start: Model, folder: Path):
     file, note = folder / "metrics.jsonl", folder.name
     run = job.TrainingRun(c, folder, steps, parts, device, metrics=file, note=note, keeps=keeps)
 
-    for step in run:  # goes on after a kill, ends on SIGTERM
+    for step in run:  # goes on after a kill; ends on SIGTERM, and in reduce() on NaN
         batch = steps[step]
         started = time.time()
 

@@ -750,7 +750,7 @@ def train(c, at: Slice, pairs: list[Pair], start: Model):
     if c.offload_reference:
         reference.lm.model.layers.cpu()  # now that TrainingRun has loaded all of it
 
-    for step in run:  # goes on after a kill, ends on SIGTERM
+    for step in run:  # goes on after a kill; ends on SIGTERM, and in reduce() on NaN
         sums = descend(c, policy, reference, pairs, steps[step], device)
         lr = c.lr * lr_factor(step, len(steps), c.warmup)
         norm = take_step(optimizer, lr, c.clip)
