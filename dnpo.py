@@ -70,14 +70,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -812,13 +806,13 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     full = None
     if job.on_rank_0():
         full = wrap(load_lm(path, torch.float32, "cpu"))
-    options = {"mp_policy": MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32)}
+    options = {"mp_policy": fsdp.MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32)}
     if c.parallel == "hsdp":
         options["mesh"] = job.node_mesh(device.type)
-    offload_policy = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
+    offload_policy = fsdp.CPUOffloadPolicy(pin_memory=False) if offload else fsdp.OffloadPolicy()
     for layer in layers:
-        fully_shard(layer, **options, offload_policy=offload_policy)
-    fully_shard(module, **options)  # the root holds embedding and head: they may be tied
+        fsdp.fully_shard(layer, **options, offload_policy=offload_policy)
+    fsdp.fully_shard(module, **options)  # the root holds embedding and head: they may be tied
     return job.fill(module, full, device)
 
 
@@ -828,7 +822,7 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
 # --- same in dnpo.py, tso.py, sams.py: precision ---
 def autocast(c, device, module: nn.Module):
     """bf16 compute over fp32 weights in a forward pass; FSDP casts by itself."""
-    enabled = c.dtype == "bfloat16" and not isinstance(module, FSDPModule)
+    enabled = c.dtype == "bfloat16" and not isinstance(module, fsdp.FSDPModule)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 

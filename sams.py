@@ -7,20 +7,15 @@ and how clear and how uncertain the pair was (kappa). In round t:
 
   observe  h_i, m_i and log pi(y_w)_i of all n pairs, without gradient
            m = beta [ log pi/pi_ref(y_w) - log pi/pi_ref(y_l) ]
-
   reward   of round t-1, now that its effect is seen ("lagged", Eqs. 6-8):
            L~_t = mean_i -sigmoid(m_i)
            rho = (L~_{t-1} - L~_t) / max(|L~_{t-1}|, |L~_t|)
            rho <- (rho + the mean of all rho so far, this one included) / 2
-           kappa_i = w_m mm(m_i) + w_u (1 - mm(log pi(y_w)_i))        mm: min-max over the batch
-           r_i = gamma sigmoid(a rho + b) + (1 - gamma) sigmoid(kappa_i)
-           with m_i and log pi(y_w)_i in kappa as they were observed in round t-1, before its step
-
+           kappa_i = w_m mm(m_i) + w_u (1 - mm(log pi(y_w)_i))    observed before the step of t-1
+           r_i = gamma sigmoid(a rho + b) + (1 - gamma) sigmoid(kappa_i)      mm: min-max over n
   fit      f1 (exploitation) to (context, r) and f2 (exploration) to (f1's activations, r - f1),
            on round t-1 and on replayed rounds
-
   select   the K = ceil(ratio n) pairs with the highest f1 + explore f2
-
   train    one step on these K alone, the loss averaged over K
 
 rho and kappa are the paper's batch-level r_B and sample-level r_S before their sigmoid, f1 and f2
@@ -29,32 +24,28 @@ ipo) and Selective DPO (2502.09650, --preselect).
 
 Differs from the paper, or is not specified by it (ours unless said):
 
- 1. Observing has a pass of its own, without gradient, and forward + backward see the K alone. With
-    a forward pass over n pairs as the unit, and a backward pass as two, this is 1 + 3/2 units of
-    work at K = n/2, where DPO needs 3. The paper keeps the graph of all n and detaches n - K.
- 2. The formulas of rho and kappa, the mean of rho, a = 50, b = 0.5, explore = 0.1 and gamma = 0.5
-    are the released code's. It divides by a negative number (rho's sign flips), applies the sigmoid
-    twice, and broadcasts its regression target to a matrix. None of that is copied.
+ 1. Observing has a pass of its own, without gradient. With a forward pass over n pairs as the unit,
+    this is 1 + 3/2 units of work at K = n/2, where DPO needs 3. The paper keeps the graph of all n
+    and detaches n - K.
+ 2. The formulas of rho and kappa, the mean of rho, a = 50, b = 0.5, explore and gamma are the
+    released code's. Its flipped sign of rho, its second sigmoid and its regression target, which
+    broadcasts to a matrix, are not copied.
  3. Only the K selected pairs get rewards, as in Algorithm 1: a bandit sees the arms that it pulls.
     App. F.4 and the released code put all n into the pool.
- 4. The selector is a LayerNorm, a Linear to 256, a 2-layer transformer over the layers' tokens and
-    a mean; f1 is a residual MLP, f2 an MLP on f1's detached activations, and all is trained
-    together by Adam, four steps a round: one pass over this and up to 32 earlier rounds. The
-    paper's is larger: an encoder that is trained beforehand and then frozen (MiniLM), f1 and f2 of
-    16 residual layers, and 32 rounds drawn at random from a pool of 40 000.
- 5. The context is the mean over response tokens of each layer's output. `--context mean` averages
-    chosen and rejected as released, and is blind to a swap of the two; `both` adds their
-    difference.
- 6. Reference log-probs are computed once, by the untrained policy in the shapes of the training,
-    and kept in a file; no reference stays in memory. In bf16 a summed log-prob moves by up to a nat
-    with the shape of its batch, hence one pair per forward pass there.
+ 4. The selector: a 2-layer transformer over the layers' tokens, f1 a residual MLP, f2 an MLP, all
+    trained together by Adam, four steps a round, on this and up to 32 earlier rounds. The paper's:
+    an encoder that is trained beforehand and then frozen (MiniLM), f1 and f2 of 16 residual layers,
+    and 32 rounds drawn at random from a pool of 40 000.
+ 5. The context: the mean over response tokens of each layer's output, of chosen and rejected
+    (`--context mean`, as released, blind to a swap), or with their difference too (`both`).
+ 6. Reference log-probs are computed once, in the shapes of the training: in bf16 a summed log-prob
+    moves by up to a nat with the shape of its batch, hence one pair per forward pass there.
  7. The loss is averaged over the K selected; the released code divides by n.
  8. Selective DPO: a pair's difficulty is its loss under a DPO model of the half of the data that
-    doesn't hold it; the easiest share is kept. Its authors use three such splits and LoRA, and
-    train from easy to difficult; here it is one split, full weights, and shuffled batches.
+    doesn't hold it. Its authors use three such splits, LoRA, and the order from easy to difficult;
+    here it is one split, full weights, and shuffled batches.
 
-Shapes: n pairs of a batch, K selected, B pairs of a micro-batch, S = 2B sequences, T length, L
-layers, D width.
+Shapes: n pairs of a batch, K selected, B of a micro-batch (S = 2B), T length, L layers, D width.
 
     python sams.py                                     # laptop: the toy world, 20 % labels flipped
     python sams.py --preset paper --limit 2000         # one GPU, a part of the data
@@ -79,14 +70,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -1035,13 +1020,13 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     full = None
     if job.on_rank_0():
         full = wrap(load_lm(path, torch.float32, "cpu"))
-    options = {"mp_policy": MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32)}
+    options = {"mp_policy": fsdp.MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32)}
     if c.parallel == "hsdp":
         options["mesh"] = job.node_mesh(device.type)
-    offload_policy = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
+    offload_policy = fsdp.CPUOffloadPolicy(pin_memory=False) if offload else fsdp.OffloadPolicy()
     for layer in layers:
-        fully_shard(layer, **options, offload_policy=offload_policy)
-    fully_shard(module, **options)  # the root holds embedding and head: they may be tied
+        fsdp.fully_shard(layer, **options, offload_policy=offload_policy)
+    fsdp.fully_shard(module, **options)  # the root holds embedding and head: they may be tied
     return job.fill(module, full, device)
 
 
@@ -1051,7 +1036,7 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
 # --- same in dnpo.py, tso.py, sams.py: precision ---
 def autocast(c, device, module: nn.Module):
     """bf16 compute over fp32 weights in a forward pass; FSDP casts by itself."""
-    enabled = c.dtype == "bfloat16" and not isinstance(module, FSDPModule)
+    enabled = c.dtype == "bfloat16" and not isinstance(module, fsdp.FSDPModule)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 

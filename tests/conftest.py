@@ -1,5 +1,6 @@
 """A tiny world for all tests (seconds to make), and a way to run a script as a user does."""
 
+import gc
 import json
 import os
 import signal
@@ -87,12 +88,17 @@ def forked(module, *flags, kill: tuple[str, str] | None = None) -> int:
 
     kill: where the process gets SIGKILL. ("in", a progress bar's note) is at the bar's third item,
     ("before" | "after", a path's end) is around the rename that gives that name.
+
+    A process group that an earlier test has left as garbage must be collected here: in the child,
+    which has none of its threads, its destructor would wait for them for ever.
     """
+    gc.collect()
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
         return os.waitstatus_to_exitcode(status)
     try:
+        gc.freeze()  # nothing that came from the parent is collected in the child
         if kill:
             kill_at(*kill)
         sys.argv = [module.__file__, *map(str, flags)]
