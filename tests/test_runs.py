@@ -211,7 +211,7 @@ def test_an_offloaded_reference_leaves_the_device(
 
     No other part of it does, nor of the policy. torch loads only what is on one device.
     """
-    policies, happened, fully_shard = {}, [], module.fully_shard
+    policies, happened, fully_shard = {}, [], module.fsdp.fully_shard
 
     def note_policy(part, **options):
         policies[part] = options.get("offload_policy")
@@ -225,7 +225,7 @@ def test_an_offloaded_reference_leaves_the_device(
         happened.append(list(layers))
         raise Killed
 
-    monkeypatch.setattr(module, "fully_shard", note_policy)
+    monkeypatch.setattr(module.fsdp, "fully_shard", note_policy)
     monkeypatch.setattr(job, "load_state", note_load)
     monkeypatch.setattr(torch.nn.ModuleList, "cpu", leave)
     monkeypatch.setenv("RANK", "0")
