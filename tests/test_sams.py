@@ -942,6 +942,11 @@ def test_controls_pick_what_they_say(monkeypatch, flags, tmp_path):
         run(monkeypatch, sams, *flags(tmp_path / how, select=how))
     assert results(tmp_path / "oracle")["flipped_selected"] == 0
     assert 0 < results(tmp_path / "random")["flipped_selected"] < 1
+    for choice in choices[:4]:
+        k = len(choice.places)
+        assert k == len(choice.batch.pairs) // 2
+        assert choice.places != list(range(k))  # drawn, not the first ones
+    assert choices[0].places != choices[1].places
     unseen = [choice.seen is None for choice in choices]
     assert unseen == [True] * 8 + [False] * 4
 
