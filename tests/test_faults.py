@@ -6,6 +6,7 @@ And sharding in every shape. With sams.py, whose scaffold is the others'.
 import errno
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (
     ROOT,
     assert_close,
@@ -105,6 +107,20 @@ def test_hsdp_is_fsdp_is_one_process(plain, flags, tmp_path):
     together(sams, tmp_path, 2, [(1, False, two_nodes), (2, False, one_node)])
     assert_same(tmp_path / "two-nodes", plain, exact=False)
     assert_same(tmp_path / "one-node", plain, exact=False)
+
+
+def test_hsdp_shards_inside_a_node_and_replicates_over_nodes(monkeypatch):
+    """Two nodes of four ranks: a mesh of 2 x 4, whose second axis is sharded over."""
+    asked = []
+
+    def note_mesh(device_type, shape, mesh_dim_names):
+        asked.append((device_type, shape, mesh_dim_names))
+
+    monkeypatch.setattr(dist, "init_device_mesh", note_mesh)
+    monkeypatch.setattr(job, "world_size", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    job.node_mesh.__wrapped__("cpu")  # without its cache
+    assert asked == [("cpu", (2, 4), ("replicate", "shard"))]
 
 
 def test_a_run_goes_on_on_any_number_of_ranks(plain, flags, tmp_path):
@@ -371,3 +387,20 @@ def test_a_large_model_is_saved_in_shards_that_load(monkeypatch, world, tmp_path
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     saved = dict(scorer.lm.named_parameters())
     assert_close(dict(loaded.named_parameters()), saved, atol=0)
+
+
+def test_a_checkpoint_has_the_generation_config_of_its_source(world, tmp_path):
+    """Whoever loads it samples as the source did; our own sampling does without these settings."""
+    from transformers import GenerationConfig
+
+    source, folder = tmp_path / "source", tmp_path / "checkpoint"
+    shutil.copytree(world / "sft", source)
+    config = GenerationConfig.from_pretrained(source)
+    config.update(do_sample=True, temperature=0.3, top_k=5)
+    config.save_pretrained(source)
+
+    tok, _ = common.load_tokenizer(str(source))
+    scorer = common.Scorer(common.load_lm(str(source), torch.float32, "cpu"))
+    assert scorer.lm.generation_config.temperature != 0.3
+    job.save_checkpoint(folder, scorer, tok, str(source))
+    assert GenerationConfig.from_pretrained(folder).to_diff_dict() == config.to_diff_dict()

@@ -18,6 +18,7 @@ from conftest import (
     forked,
     lines,
     metrics,
+    refused,
     results,
     run,
     script,
@@ -460,6 +461,27 @@ def test_going_on_with_other_settings_is_refused(monkeypatch, world, tmp_path, c
         run(monkeypatch, generate, *generate_flags(world, tmp_path / "a.jsonl"))
     assert stop.value.code == 2
     assert "was begun with other settings" in capsys.readouterr().err
+
+
+def test_whatever_the_answers_depend_on_may_not_change_between_two_starts(
+    monkeypatch, world, tmp_path, capsys
+):
+    """A killed run is refused another model, temperature, length, batch or seed."""
+    out = tmp_path / "a.jsonl"
+    begun = generate_flags(world, out, max_new_tokens=4, batch=8)
+    assert forked(generate, *begun, kill=("in", "a")) == -signal.SIGKILL
+    part = Path(f"{out}.part0").read_bytes()
+    changes = {
+        "model": world / "sft-early",
+        "temperature": 0.5,
+        "max_new_tokens": 5,
+        "batch": 4,
+        "seed": 1,
+    }
+    for name, value in changes.items():
+        line = refused(monkeypatch, capsys, generate, [*begun, f"--{name}", value])
+        assert "was begun with other settings" in line, name
+    assert Path(f"{out}.part0").read_bytes() == part
 
 
 # ---------------------------------------------------------------- labels
