@@ -134,7 +134,7 @@ def test_another_reading_of_the_dual_clip(monkeypatch, world, tmp_path):
 
 
 def test_another_selector(monkeypatch, world, tmp_path):
-    """The fork of sams.py has an f1 that is linear in the layers: of their mean, it is the mean."""
+    """The fork of sams.py has an f1 that is the mean of what it says of each layer alone."""
     module = forked_module(tmp_path, "sams.py")
     torch.manual_seed(0)
     selector = module.Selector(layers=3, width=8)
