@@ -9,7 +9,8 @@ beside a floor and (--vs trl) TRL's DPOTrainer.
 
 floor    the backbone forward and backward on the same real tokens: no padding, no head, no loss
 dpo      our loop, reference log-probs at hand; dpo+ac: with activation checkpointing
-sams     scoring, the selector at work with a full replay, training on the half that it picks
+sams     scoring, a small selector at work on 33 rounds, training on the half that it picks;
+         sams+paper: with a selector of the paper's size and a frozen encoder (--rows sams+paper)
 tso      the dual-clip loss with a resident reference: DPO where the reference is not precomputed
 dnpo     the joint update: resident reference with noise head
 trl      DPOTrainer's loss, reference log-probs at hand, its head and metrics included; trl+ac: with
@@ -102,6 +103,7 @@ class Config:
     micro_batch: int | None = None  # pairs per forward pass (default: all)
     chunk: int = common.CHUNK  # response tokens whose logits are alive at a time
     ratio: float = 0.5  # share that SamS trains on
+    encoder: str = "none"  # of the row sams+paper, as for sams.py; none: a small one
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation
     vs: Literal["trl"] | None = None  # measure it too
     rows: list[str] = dataclasses.field(default_factory=ROWS.copy)  # rows to measure
@@ -296,7 +298,8 @@ def make_steps(c, loaded: Loaded, device) -> tuple[dict[str, Callable], list[nn.
         "beta": 0.1,
         "activation_checkpointing": False,
     }
-    work = make_work(c, sams.Config(**same, ratio=c.ratio, context="both"), loaded, device)
+    small = {"encoder": "none", "selector_depth": 2, "selector_width": 128, "context": "both"}
+    work = make_work(c, sams.Config(**same, ratio=c.ratio, **small), loaded, device)
     modules = [work.policy]
     steps = {
         "floor": partial(floor, work, unpadded(loaded.pairs, device)),
@@ -304,7 +307,10 @@ def make_steps(c, loaded: Loaded, device) -> tuple[dict[str, Callable], list[nn.
         "dpo+ac": partial(dpo_checkpointed, work),
     }
     if "sams" in c.rows:
-        steps["sams"] = partial(choose_and_train, work, busy_bandit(work))
+        steps["sams"] = partial(choose_and_train, work, busy_bandit(work, frozen=False))
+    if "sams+paper" in c.rows:
+        papers = work._replace(how=sams.Config(**same, ratio=c.ratio, encoder=c.encoder))
+        steps["sams+paper"] = partial(choose_and_train, papers, busy_bandit(papers, frozen=True))
 
     scorer = Scorer(work.policy.lm)
     of_all = {"pairs": loaded.pairs, "indices": work.everything, "device": device}
@@ -386,15 +392,17 @@ def observe(work: Work) -> sams.Seen:
 
 def choose(work: Work, bandit: sams.Bandit, seen: sams.Seen) -> list[int]:
     """The selector learns from its last round and picks."""
-    places, _ = sams.pick(work.how, "topk", work.data, seen, bandit, step=0)
+    places, _ = sams.pick(work.how, work.data, seen, bandit, step=0)
     return places
 
 
-def busy_bandit(work: Work) -> sams.Bandit:
-    """A bandit whose replay is full, as in the middle of a training."""
+def busy_bandit(work: Work, frozen: bool) -> sams.Bandit:
+    """A bandit with so many past rounds as it is fitted on, as in the middle of a training."""
     bandit = sams.make_bandit(work.how, work.policy, work.device)
+    if frozen:
+        bandit.freeze_encoder(bandit.selector.encoder.state_dict())
     seen = observe(work)
-    for _ in job.progress(range(work.how.replay + 1), "fill the replay"):
+    for _ in job.progress(range(work.how.replay + 2), "fill the pool"):
         choose(work, bandit, seen)
     return bandit
 
@@ -589,7 +597,7 @@ def summarise(
         for other in ("floor", "trl"):
             if other in median:
                 numbers[f"vs_{other}"] = median[row] / median[other]
-        if ideal and row != "sams":  # which trains on fewer tokens
+        if ideal and not row.startswith("sams"):  # which trains on fewer tokens
             numbers["mfu"] = ideal / median[row]
         rows[row] = numbers
     return rows

@@ -5,6 +5,8 @@
         --samples 4
     python generate.py --model NAME --data prompts.jsonl --out answers.jsonl \\
         --endpoint http://HOST:8000/v1   # vLLM, SGLang, ...
+    python generate.py --model DIR --data prompts.jsonl --out answers.jsonl \\
+        --samples 5 --temperature 0.8 --judge rm:DIR --pairs pairs.jsonl    # on-policy pairs
 
 Answers are drawn from the model's own distribution (temperature 1, no top-k, no top-p), so that
 they are samples of pi(.|x). A row of the output is {"id", "prompt", "response", "meta": {"sample",
@@ -12,6 +14,11 @@ they are samples of pi(.|x). A row of the output is {"id", "prompt", "response",
 "length" (cut). Rows are kept in OUT.part* as batches finish; started again, a killed run does only
 what is missing and, batches and their seeds being fixed, gives the same file on any number of
 ranks.
+
+With --pairs a judge then scores the answers, and the best and the worst one to each prompt are its
+preference pair, as sams.py reads them. (The SamS paper makes its pairs so: 5 answers of the SFT
+model at temperature 0.8, scored by PairRM or ArmoRM.) Prompts whose answers all score the same have
+no pair and are counted. An --out that is there already is judged as it is.
 """
 
 from __future__ import annotations
@@ -29,8 +36,10 @@ import torch.distributed as dist
 
 import datafiles
 import job
+import toy
 from common import (
     API_CONCURRENCY,
+    Judge,
     Model,
     Sampling,
     answer_row,
@@ -40,6 +49,8 @@ from common import (
     fitting,
     generate,
     load_tokenizer,
+    make_judge,
+    score_rows,
 )
 
 
@@ -60,6 +71,9 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # sample from this OpenAI-compatible server instead of a local model
     endpoint: str | None = None
+    # file for the best and the worst answer to each prompt, as preference pairs, by --judge
+    pairs: str | None = None
+    judge: str | None = None  # toy, hf:PATH, rm:PATH or api:MODEL; for --pairs
 
     def __post_init__(self):
         for name in ("model", "data", "out"):
@@ -67,6 +81,10 @@ class Config:
                 raise ValueError(f"--{name} is missing")
         job.check_positive(self, "n", "max_new_tokens", "batch", "limit")
         job.check_not_negative(self, "temperature")
+        if bool(self.pairs) != (self.judge not in (None, "none")):
+            raise ValueError("--pairs and --judge go together")
+        if self.pairs and self.n < 2:
+            raise ValueError("--pairs needs at least two answers a prompt: --samples 5")
 
 
 def generate_locally(out: Path, rows: list[dict], model: Model, c: Config) -> list[dict]:
@@ -116,6 +134,62 @@ def leave_out_long(rows: list[dict], dropped: Counter, tok, config, c: Config) -
     return short
 
 
+def score_answers(answers: list[dict], judge: Judge, c: Config) -> list[float | None]:
+    """The judge's scores of all answers, kept in PAIRS.scores."""
+
+    def work(items, number):
+        return [{"score": score} for score in score_rows(judge, answers, items)]
+
+    scored = job.phase(
+        Path(f"{c.pairs}.scores"),
+        list(range(len(answers))),
+        work,
+        c.batch,
+        settings=[c.judge, [answer["response"] for answer in answers]],
+        note="score",
+    )
+    return [row["score"] for row in scored]
+
+
+def preference_pair(row: dict, answers: list[dict], scores: list[float | None]) -> dict | None:
+    """The best and the worst answer to a prompt as a preference row; None where all are equal.
+
+    Of equal scores the first answer counts; one whose judgement could not be read does not.
+    """
+    places = [place for place, score in enumerate(scores) if score is not None]
+    best = max(places, key=scores.__getitem__, default=0)
+    worst = min(places, key=scores.__getitem__, default=0)
+    if scores[best] == scores[worst]:
+        return None
+    return {
+        "id": row["id"],
+        "prompt": row["prompt"],
+        "chosen": answers[best]["response"],
+        "rejected": answers[worst]["response"],
+        "meta": {
+            "score_chosen": scores[best],
+            "score_rejected": scores[worst],
+            "chosen_ended": answers[best]["meta"]["finish"] == "stop",
+            "rejected_ended": answers[worst]["meta"]["finish"] == "stop",
+        },
+    }
+
+
+def write_pairs(rows: list[dict], answers: list[dict], judge: Judge, c: Config):
+    """The file --pairs, of the pairs of all prompts that have one."""
+    scores = score_answers(answers, judge, c)
+    pairs = []
+    for i, row in enumerate(rows):
+        own = slice(i * c.n, (i + 1) * c.n)
+        pair = preference_pair(row, answers[own], scores[own])
+        if pair:
+            pairs.append(pair)
+    if job.on_rank_0():
+        job.write_atomic(Path(c.pairs), job.json_lines(pairs))
+        equal = len(rows) - len(pairs)
+        print(f"{c.pairs}: {len(pairs)} pairs; {equal} prompts without one, for equal scores")
+
+
 def pick_dtype(name: str) -> torch.dtype:
     """The dtype of that name; "auto" is bfloat16 under CUDA, else float32."""
     if name != "auto":
@@ -135,9 +209,10 @@ def setup() -> torch.device:
 
 def main():
     c = job.parse(Config)
-    out = Path(c.out)
-    if out.exists():
-        job.die(f"{out} is there already: delete it, or choose another --out")
+    out, last = Path(c.out), Path(c.pairs or c.out)
+    if last.exists():
+        flag = "--pairs" if c.pairs else "--out"
+        job.die(f"{last} is there already: delete it, or choose another {flag}")
 
     # 1. the prompts
     rows, dropped = datafiles.load_rows(c.data, "prompt", c.limit)
@@ -161,6 +236,12 @@ def main():
     if job.on_rank_0():
         cut = [answer["meta"]["finish"] for answer in answers].count("length")
         print(f"{out}: {len(answers)} answers, {cut} cut at {c.max_new_tokens} tokens")
+
+    # 4. the best and the worst of each prompt
+    if c.pairs:
+        if [answer["id"] for answer in answers] != [row["id"] for row in rows for _ in range(c.n)]:
+            job.die(f"{out} has not {c.n} answers to each of these prompts: delete it")
+        write_pairs(rows, answers, make_judge(c.judge, None, device, dtype, toy.score), c)
     job.leave()
 
 

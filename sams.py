@@ -1,55 +1,48 @@
-"""SamS, adaptive batch-wise Sample Scheduling for DPO (arXiv 2506.17252).
+"""SamS, adaptive batch-wise Sample Scheduling for DPO (arXiv 2506.17252, NeurIPS 2025).
 
 Of every batch of n preference pairs a small learned selector picks the K to train on; DPO's loss is
-unchanged. The selector is a contextual bandit. Its arms are the batch's pairs, its context is the
-policy's hidden states, and its reward says whether the training helped (rho, one number a round)
-and how clear and how uncertain the pair was (kappa). In round t:
+unchanged. The selector is a contextual bandit: its arms are the batch's pairs, its context is the
+policy's hidden states, its reward says whether the training helped (rho, one number a round) and
+how clear and how uncertain the pair was (kappa): the paper's r_B and r_S. In round t:
 
   observe  h_i, m_i and log pi(y_w)_i of all n pairs, without gradient
-           m = beta [ log pi/pi_ref(y_w) - log pi/pi_ref(y_l) ]
+           m = beta [ log pi/pi_ref(y_w) - log pi/pi_ref(y_l) ],   l(m) = -log sigmoid(m)
   reward   of round t-1, now that its effect is seen ("lagged", Eqs. 6-8):
-           L~_t = mean_i -sigmoid(m_i)
-           rho = (L~_{t-1} - L~_t) / max(|L~_{t-1}|, |L~_t|)
+           L~_t = mean_i -exp(-l(m_i)),   rho = (L~_{t-1} - L~_t) / max(|L~_{t-1}|, |L~_t|)
            rho <- (rho + the mean of all rho so far, this one included) / 2
            kappa_i = w_m mm(m_i) + w_u (1 - mm(log pi(y_w)_i))    observed before the step of t-1
            r_i = gamma sigmoid(a rho + b) + (1 - gamma) sigmoid(kappa_i)      mm: min-max over n
-  fit      f1 (exploitation) to (context, r) and f2 (exploration) to (f1's activations, r - f1),
-           on round t-1 and on replayed rounds
-  select   the K = ceil(ratio n) pairs with the highest f1 + explore f2
+  fit      f_S (exploitation) to (context, r) and f_S' (exploration) to (f_S's activations, r - f_S)
+           on round t-1 and on 32 rounds drawn from a pool of past ones
+  select   the K = ceil(ratio n) pairs with the highest f_S + explore f_S'
   train    one step on these K alone, the loss averaged over K
 
-rho and kappa are the paper's batch-level r_B and sample-level r_S before their sigmoid, f1 and f2
-its f_S and f_S'. The same loop trains the baselines: DPO (2305.18290, --select all), IPO (--loss
-ipo) and Selective DPO (2502.09650, --preselect).
+The same loop trains DPO (2305.18290), IPO and Selective DPO (2502.09650, --preselect).
 
 Differs from the paper, or is not specified by it (ours unless said):
 
- 1. Observing has a pass of its own, without gradient. With a forward pass over n pairs as the unit,
-    this is 1 + 3/2 units of work at K = n/2, where DPO needs 3. The paper keeps the graph of all n
-    and detaches n - K.
- 2. The formulas of rho and kappa, the mean of rho, a = 50, b = 0.5, explore and gamma are the
-    released code's. Its flipped sign of rho, its second sigmoid and its regression target, which
-    broadcasts to a matrix, are not copied.
- 3. Only the K selected pairs get rewards, as in Algorithm 1: a bandit sees the arms that it pulls.
-    App. F.4 and the released code put all n into the pool.
- 4. The selector: a 2-layer transformer over the layers' tokens, f1 a residual MLP, f2 an MLP, all
-    trained together by Adam, four steps a round, on this and up to 32 earlier rounds. The paper's:
-    an encoder that is trained beforehand and then frozen (MiniLM), f1 and f2 of 16 residual layers,
-    and 32 rounds drawn at random from a pool of 40 000.
- 5. The context: the mean over response tokens of each layer's output, of chosen and rejected
-    (`--context mean`, as released, blind to a swap), or with their difference too (`both`).
- 6. Reference log-probs are computed once, in the shapes of the training: in bf16 a summed log-prob
+ 1. Observing has a pass of its own: 1 + 3/2 units of work at K = n/2, where DPO needs 3. The paper
+    keeps the graph of all n and detaches n - K. The loss is averaged over K, in the code over n.
+ 2. The mean of rho, a, b, gamma and explore are the released code's. Its flipped sign of rho, its
+    second sigmoid and its regression target, which broadcasts to a matrix, are not copied.
+ 3. --fit selected: the K picked get rewards (Algorithm 1, lines 6-13); all: all n (App. F.4, code).
+ 4. The selector has the paper's sizes (App. D.1, F.2), that is 5.8e8 weights: 8.6 GiB a rank. ReLU
+    is ours. Pool: 40 000 rounds, 32 drawn (App. F.4), for four Adam steps (ours).
+ 5. The encoder is trained beforehand, the policy frozen, and then frozen too (App. F.3, there for
+    on-policy pairs; for others it learns during their SFT). The number of rounds, the pairs' own
+    contexts, and new f_S and f_S' afterwards are ours. After 0 rounds it learns with the rest.
+ 6. Contexts average prompt and response (App. F.2) of both sides (code), but no padding. Ours:
+    `--context response`, and `both`, which adds the sides' difference: a mean is blind to a swap.
+ 7. Reference log-probs are computed once, in the shapes of the training: in bf16 a summed log-prob
     moves by up to a nat with the shape of its batch, hence one pair per forward pass there.
- 7. The loss is averaged over the K selected; the released code divides by n.
- 8. Selective DPO: a pair's difficulty is its loss under a DPO model of the half of the data that
-    doesn't hold it. Its authors use three such splits, LoRA, and the order from easy to difficult;
-    here it is one split, full weights, and shuffled batches.
+ 8. Selective DPO is its authors', with full weights for LoRA and the policy's own training recipe.
 
+As released: --select sample --fit all --margin_weight 0.5 --uncertainty_weight 0.5
 Shapes: n pairs of a batch, K selected, B of a micro-batch (S = 2B), T length, L layers, D width.
 
     python sams.py                                     # laptop: the toy world, 20 % labels flipped
     python sams.py --preset paper --limit 2000         # one GPU, a part of the data
-    torchrun --nproc_per_node 8 sams.py                # the paper's settings, on public pairs
+    torchrun --nproc_per_node 8 sams.py                # the paper's chat setting; --preset hh: HH
 """
 
 from __future__ import annotations
@@ -61,8 +54,8 @@ import math
 import os
 import random
 import time
-from collections import Counter, deque
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -114,17 +107,22 @@ def ipo_losses(margin: Tensor, beta: float) -> Tensor:
     return (margin / beta - 1 / (2 * beta)).square()
 
 
-def bounded_loss(margin: Tensor) -> Tensor:
-    """L~ = mean_i -sigmoid(m_i), which lies in [-1, 0]. [n] -> [].
+def sft_losses(logps: Tensor, tokens: Tensor) -> Tensor:
+    """-log pi(y_w|x) / |y_w|, which pretraining has in the place of DPO's loss. [n], [n] -> [n]."""
+    return -logps / tokens
 
-    The paper compares exponentiated mean DPO losses. For one pair exp(l(m)) = 1 / sigmoid(m), so
-    that the relative gain of L~ is the same number; for a batch it is nearly so (released code).
+
+def bounded_loss(losses: Tensor) -> Tensor:
+    """L~ = mean_i -exp(-l_i), which lies in [-1, 0]; for DPO it is mean_i -sigmoid(m_i). [n] -> [].
+
+    Eq. 6 compares exponentiated mean losses. For one pair the relative gain of L~ is that number;
+    for a batch it is nearly so: an arithmetic mean in the place of a geometric one (released code).
     """
-    return -margin.sigmoid().mean()
+    return -(-losses).exp().mean()
 
 
 def batch_reward(before: float, after: float) -> float:
-    """rho = (L~_{t-1} - L~_t) / max(|L~_{t-1}|, |L~_t|), above 0 when the loss fell."""
+    """rho = (L~_{t-1} - L~_t) / max(|L~_{t-1}|, |L~_t|), Eq. 6: above 0 when the loss fell."""
     return (before - after) / max(abs(before), abs(after))
 
 
@@ -139,10 +137,10 @@ def min_max(x: Tensor) -> Tensor:
 def sample_reward(
     margin: Tensor,
     chosen_logps: Tensor,
-    margin_weight: float = 0.5,
-    uncertainty_weight: float = 0.5,
+    margin_weight: float = 1.0,
+    uncertainty_weight: float = 1.0,
 ) -> Tensor:
-    """kappa = w_m mm(m) + w_u (1 - mm(log pi(y_w))): preference margin and uncertainty.
+    """kappa = w_m mm(m) + w_u (1 - mm(log pi(y_w))), Eq. 7: preference margin and uncertainty.
 
     [n], [n] -> [n].
     """
@@ -153,7 +151,7 @@ def sample_reward(
 def bandit_rewards(
     rho: float, kappa: Tensor, gamma: float = 0.5, a: float = 50.0, b: float = 0.5
 ) -> Tensor:
-    """r = gamma sigmoid(a rho + b) + (1 - gamma) sigmoid(kappa). [], [K] -> [K]."""
+    """r = gamma sigmoid(a rho + b) + (1 - gamma) sigmoid(kappa), Eq. 8. [], [K] -> [K]."""
     of_batch = torch.sigmoid(torch.tensor(a * rho + b)).to(kappa)
     return gamma * of_batch + (1 - gamma) * kappa.sigmoid()
 
@@ -175,7 +173,10 @@ def top_k(scores: Tensor, k: int, seed: int | None = None) -> list[int]:
 
 
 def selector_loss(f1: Tensor, f2: Tensor, reward: Tensor) -> Tensor:
-    """mean (f1 - r)^2 + mean (f2 - (r - f1))^2, with f1 held in the second. [K] each -> []."""
+    """mean (f1 - r)^2 + mean (f2 - (r - f1))^2, with f1 held in the second. [K] each -> [].
+
+    f1 and f2 are the values of f_S and f_S'.
+    """
     if not f1.shape == f2.shape == reward.shape:
         shapes = f"{list(f1.shape)}, {list(f2.shape)}, {list(reward.shape)}"
         raise ValueError(f"shapes {shapes} would broadcast")
@@ -205,7 +206,7 @@ def centred_ranks(x: Tensor) -> Tensor:
 
 
 class PoolingScorer(Scorer):
-    """log pi(y|x) and, when asked, the mean over response tokens of every layer's output.
+    """log pi(y|x) and, when asked, the mean over its tokens of every layer's output.
 
     Hooks pool each layer's output at once, so that one layer's states are alive at a time.
     """
@@ -224,17 +225,32 @@ class PoolingScorer(Scorer):
         self.pooled[i] = summed / self.mask.sum(1, keepdim=True)
 
     def forward(
-        self, ids: Tensor, mask: Tensor, pool: bool = False
+        self, ids: Tensor, mask: Tensor, pool: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """log pi(y|x) [S] and, if pool, states [S, L, D] in fp32. ids, mask: [S, T]."""
-        self.mask = mask if pool else None
+        """log pi(y|x) [S] and, if a mask `pool` is given, states [S, L, D] in fp32.
+
+        ids, mask, pool: [S, T]. pool says which tokens' states are averaged.
+        """
+        self.mask = pool
         self.pooled = {}
         logps = super().forward(ids, mask)
         self.mask = None
-        if not pool:
+        if pool is None:
             return logps, None
         layers = [self.pooled.pop(i) for i in range(len(self.lm.model.layers))]
         return logps, torch.stack(layers, 1)
+
+
+def pooled_tokens(mask: Tensor, kind: str) -> Tensor:
+    """Which tokens a context is read from. [S, T], of the response's tokens -> [S, T].
+
+    With the kind "sequence" these are prompt and response: all up to the response's last token.
+    Padding, which the released code counts too, would make a pair depend on its batch-mates.
+    """
+    if kind != "sequence":
+        return mask
+    still_to_come = mask.flip(1).cumsum(1).flip(1)  # response tokens from here on
+    return still_to_come > 0
 
 
 def context(pooled: Tensor, kind: str) -> Tensor:
@@ -244,73 +260,190 @@ def context(pooled: Tensor, kind: str) -> Tensor:
     """
     chosen, rejected = pooled.chunk(2)
     mean = (chosen + rejected) / 2
-    return mean if kind == "mean" else torch.cat([mean, chosen - rejected], -1)
+    return torch.cat([mean, chosen - rejected], -1) if kind == "both" else mean
 
 
 # ------------------------------------------------------------------------- the selector
 
 
-class Selector(nn.Module):
-    """f1, exploitation: contexts -> reward. f2, exploration: f1's activations -> its residual."""
+CONNECTOR = 1024  # inner width of the feature connector (released code)
 
-    def __init__(self, layers: int, width: int, inner: int = 256):
+
+class Encoder(nn.Module):
+    """The feature connector and the layer encoder, which reads the policy's layers as a sequence.
+
+    layer_encoder: a transformer with inputs_embeds, as load_layer_encoder makes it.
+    """
+
+    def __init__(self, width: int, layer_encoder: nn.Module):
         super().__init__()
-        block = nn.TransformerEncoderLayer(
-            d_model=inner,
-            nhead=4,
-            dim_feedforward=2 * inner,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
+        inner = layer_encoder.config.hidden_size
+        self.connector = nn.Sequential(
+            nn.Linear(width, CONNECTOR), nn.ReLU(), nn.Linear(CONNECTOR, inner)
         )
-        norm = nn.LayerNorm(inner)
-        self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner))
-        self.layer = nn.Parameter(torch.zeros(layers, inner))  # tells the layers apart
-        self.encoder = nn.TransformerEncoder(block, 2, norm=norm, enable_nested_tensor=False)
-        self.residual = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, inner))
-        self.exploit = nn.Linear(inner, 1)
-        self.explore = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, 1))
+        self.layer_encoder = layer_encoder
+
+    def forward(self, contexts: Tensor) -> Tensor:
+        """h, of length 1, [n, E] of contexts [n, L, width]."""
+        tokens = self.connector(contexts)  # [n, L, E]
+        read = self.layer_encoder(inputs_embeds=tokens).last_hidden_state  # [n, L, E]
+        return F.normalize(read.mean(1), dim=1)
+
+
+class ResidualMLP(nn.Module):
+    """h_1 = relu(W_1 x), h_l = h_{l-1} + relu(W_l h_{l-1}) up to l = depth, and a number w h."""
+
+    def __init__(self, inputs: int, width: int, depth: int):
+        super().__init__()
+        self.first = nn.Linear(inputs, width)
+        self.others = nn.ModuleList([nn.Linear(width, width) for _ in range(depth - 1)])
+        self.value = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, inputs] -> the numbers [n] and all hidden activations [n, depth * width]."""
+        h = self.first(x).relu()
+        hidden = [h]
+        for layer in self.others:
+            h = h + layer(h).relu()
+            hidden.append(h)
+        return self.value(h)[:, 0], torch.cat(hidden, 1)
+
+
+class Selector(nn.Module):
+    """f_S, exploitation: contexts -> reward. f_S', exploration: f_S's activations -> its residual.
+
+    c.selector_depth, c.selector_width: layers of each MLP, and their width. c.selector_pooling:
+    f_S' reads the mean of so many neighbouring activations.
+    """
+
+    def __init__(self, width: int, c):
+        super().__init__()
+        depth, inner, pooling = c.selector_depth, c.selector_width, c.selector_pooling
+        self.pooling = pooling
+        self.encoder = Encoder(width, load_layer_encoder(c.encoder))
+        self.exploit = ResidualMLP(self.encoder.layer_encoder.config.hidden_size, inner, depth)
+        self.explore = ResidualMLP(depth * inner // pooling, inner, depth)
+
+    def values(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """f_S [n] and f_S' [n] of the encoder's outputs [n, E]. f_S' sends no gradient into f_S."""
+        f1, hidden = self.exploit(h)
+        pooled = F.avg_pool1d(hidden.detach()[:, None], self.pooling)[:, 0]  # the paper's h^S
+        f2, _ = self.explore(pooled)
+        return f1, f2
 
     def forward(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
-        """f1 [n] and f2 [n] of contexts [n, L, D]. f2 sends no gradient into f1."""
-        tokens = self.read(contexts) + self.layer  # [n, L, inner]
-        h = self.encoder(tokens).mean(1)  # [n, inner]
-        u = h + self.residual(h)  # [n, inner]
-        f1 = self.exploit(u)[:, 0]
-        f2 = self.explore(u.detach())[:, 0]
-        return f1, f2
+        """The same of contexts [n, L, width]."""
+        return self.values(self.encoder(contexts))
+
+
+def load_layer_encoder(name: str) -> nn.Module:
+    """The transformer of --encoder, without dropout; on "meta" its shapes alone."""
+    from transformers import AutoModel
+
+    config = encoder_config(name)
+    if name == "none" or torch.get_default_device().type == "meta":
+        encoder = AutoModel.from_config(config)
+    else:
+        encoder = AutoModel.from_pretrained(name, dtype=torch.float32)
+    # it reads no words and is averaged: these are half of MiniLM's weights, and of no use here
+    encoder.set_input_embeddings(nn.Identity())
+    encoder.pooler = None
+    return encoder.eval()
+
+
+def encoder_config(name: str):
+    """The configuration of --encoder; "none" is a small transformer of the same kind."""
+    from transformers import AutoConfig, BertConfig
+
+    if name == "none":
+        return BertConfig(
+            vocab_size=1,
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=256,
+        )
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as fault:
+        reason = str(fault).splitlines()[0]
+        job.die(f"--encoder {name}: not a model folder or Hub id that can be loaded ({reason})")
+
+
+class Pool:
+    """Past rounds, each what was read of its pairs and their rewards [K], in CPU memory."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.rounds = []
+
+    def add(self, read: Tensor, reward: Tensor, rng: random.Random):
+        """Takes a round on. Where the pool is full, it replaces a random one."""
+        new = read.cpu(), reward.cpu()
+        if len(self.rounds) < self.capacity:
+            self.rounds.append(new)
+        else:
+            self.rounds[rng.randrange(self.capacity)] = new
+
+    def draw(self, number: int, rng: random.Random) -> list[tuple[Tensor, Tensor]]:
+        """So many different rounds at random, or all if there are fewer."""
+        return rng.sample(self.rounds, min(number, len(self.rounds)))
 
 
 class Bandit:
     """The selector with its lagged training. All ranks hold the same one and see the same numbers.
 
-    layers, width: the L and D of the contexts.
+    width: of the contexts. What is kept of a pair is what the selector reads of it: its context
+    [L, width], or, once the encoder is frozen, the encoder's output [E].
     """
 
-    def __init__(self, layers: int, width: int, c, device):
+    def __init__(self, width: int, c, device):
         with torch.random.fork_rng(devices=[]):  # nobody else's random numbers change
             torch.manual_seed(job.seed_of(c.seed, "selector"))
-            self.selector = Selector(layers, width).to(device)
+            self.selector = Selector(width, c).to(device)
         self.optimizer = torch.optim.Adam(self.selector.parameters(), lr=c.selector_lr)
         self.c, self.device = c, device
-        # the last round, whose effect is not yet seen: its selected pairs' contexts, kappa and
-        # predictions, and its L~
+        self.frozen = False
+        # the last round, whose effect is not yet seen: what is read of its rewarded pairs, their
+        # kappa and predictions, and its L~
         self.pending = None
-        self.replay = deque(maxlen=1 + c.replay)  # (contexts [K, L, D], rewards [K]), newest rounds
+        self.pool = Pool(c.pool)
         self.rho_sum, self.rounds = 0.0, 0
 
+    def freeze_encoder(self, weights: dict[str, Tensor]):
+        """From now on the encoder is the pretrained one, and does not change."""
+        self.selector.encoder.load_state_dict(weights)
+        self.selector.encoder.requires_grad_(False)
+        self.frozen = True
+
+    @torch.no_grad()
+    def read(self, contexts: Tensor) -> Tensor:
+        """What is kept of the pairs: [n, L, width] -> the same, or [n, E]."""
+        return self.selector.encoder(contexts) if self.frozen else contexts
+
+    def values(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        """f_S [n] and f_S' [n] of what read() returned."""
+        return self.selector.values(read) if self.frozen else self.selector(read)
+
     def round(
-        self, contexts: Tensor, margin: Tensor, chosen_logps: Tensor, k: int, seed: int | None
+        self,
+        contexts: Tensor,
+        losses: Tensor,
+        margin: Tensor,
+        chosen_logps: Tensor,
+        k: int,
+        seed: int | None,
     ) -> tuple[list[int], dict]:
         """Learns from the last round, then picks k of n: greedily, or by softmax with a seed.
 
-        contexts: [n, L, D], margin and chosen_logps: [n]. Returns the k places, and what to log.
+        contexts: [n, L, width]; losses, margin, chosen_logps: [n]. Returns the k places, and what
+        to log.
         """
-        now = bounded_loss(margin).item()
+        now = bounded_loss(losses).item()
         learned = self.learn(now) if self.pending else {}
+        read = self.read(contexts)
         with torch.no_grad():
-            f1, f2 = self.selector(contexts)
+            f1, f2 = self.values(read)
             scores = f1 + self.c.explore * f2
         if dist.is_initialized():
             dist.broadcast(scores, 0)  # rank 0 decides: other hardware may round differently
@@ -318,10 +451,11 @@ class Bandit:
 
         weights = self.c.margin_weight, self.c.uncertainty_weight
         kappa = sample_reward(margin, chosen_logps, *weights)
+        rewarded = places if self.c.fit == "selected" else list(range(len(scores)))
         self.pending = {
-            "contexts": contexts[places],
-            "kappa": kappa[places],
-            "predicted": f1[places],
+            "read": read[rewarded],
+            "kappa": kappa[rewarded],
+            "predicted": f1[rewarded],
             "loss": now,
         }
         return places, learned
@@ -337,8 +471,7 @@ class Bandit:
         self.rounds += 1
         smoothed = (rho + self.rho_sum / self.rounds) / 2
         reward = bandit_rewards(smoothed, last["kappa"], self.c.gamma)
-        self.replay.append((last["contexts"], reward))
-        loss = self.fit()
+        loss = self.fit(last["read"], reward)
 
         predicted = last["predicted"]
         return {
@@ -350,16 +483,20 @@ class Bandit:
             "selector/fit": loss,
         }
 
-    def fit(self) -> float:
-        """One pass over the rounds in the replay, in fit_steps steps; returns the last loss."""
-        rng = random.Random(job.seed_of(self.c.seed, "replay", self.rounds))
-        order = rng.sample(list(self.replay), len(self.replay))
-        for i in range(min(self.c.fit_steps, len(order))):
-            some = order[i :: self.c.fit_steps]
-            contexts = torch.cat([contexts for contexts, _ in some])
-            reward = torch.cat([reward for _, reward in some])
-            f1, f2 = self.selector(contexts)
-            loss = selector_loss(f1, f2, reward)
+    def fit(self, read: Tensor, reward: Tensor) -> float:
+        """One pass over this round and those drawn from the pool, in fit_steps Adam steps.
+
+        The round then joins the pool. Returns the last step's loss.
+        """
+        rng = random.Random(job.seed_of(self.c.seed, "pool", self.rounds))
+        rounds = [(read, reward), *self.pool.draw(self.c.replay, rng)]
+        self.pool.add(read, reward, rng)
+        for i in range(min(self.c.fit_steps, len(rounds))):
+            some = rounds[i :: self.c.fit_steps]
+            some_read = torch.cat([read.to(self.device) for read, _ in some])
+            some_rewards = torch.cat([reward.to(self.device) for _, reward in some])
+            f1, f2 = self.values(some_read)
+            loss = selector_loss(f1, f2, some_rewards)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -371,7 +508,7 @@ class Bandit:
             "selector": self.selector.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "pending": self.pending,
-            "replay": list(self.replay),
+            "pool": self.pool.rounds,
             "rho_sum": self.rho_sum,
             "rounds": self.rounds,
         }
@@ -382,16 +519,22 @@ class Bandit:
         self.optimizer.load_state_dict(state["optimizer"])
         self.pending = state["pending"]
         if self.pending:
-            for name in ("contexts", "kappa", "predicted"):
+            for name in ("read", "kappa", "predicted"):
                 self.pending[name] = self.pending[name].to(self.device)
-        for contexts, reward in state["replay"]:
-            self.replay.append((contexts.to(self.device), reward.to(self.device)))
+        self.pool.rounds = state["pool"]
         self.rho_sum, self.rounds = state["rho_sum"], state["rounds"]
 
     def nbytes(self) -> int:
-        """Bytes of weights, gradients, Adam's two moments, and of the replay's contexts."""
-        weights = sum(p.numel() for p in self.selector.parameters())
-        return 4 * 4 * weights + sum(contexts.nbytes for contexts, _ in self.replay)
+        """Bytes of the weights, of gradients and Adam's two moments of those that learn, and of
+        what the pool has read.
+        """
+        of_pool = sum(read.nbytes for read, _ in self.pool.rounds)
+        return selector_nbytes(self.selector) + of_pool
+
+
+def selector_nbytes(selector: nn.Module) -> int:
+    """4 bytes for a weight, 16 for one that learns: gradient and Adam's two moments beside it."""
+    return sum(p.numel() * (16 if p.requires_grad else 4) for p in selector.parameters())
 
 
 # ------------------------------------------------------------------------- configuration
@@ -407,26 +550,44 @@ class Config:
     select: Literal["topk", "sample", "random", "margin", "all", "oracle"] = "topk"
     ratio: float = 0.5  # K / n
     gamma: float = 0.5  # weight of rho in a pair's reward; kappa has the rest
-    margin_weight: float = 0.5  # weight of the preference margin in kappa
-    uncertainty_weight: float = 0.5  # weight of 1 - mm(log pi(y_w)) in kappa
-    explore: float = 0.1  # weight of f2 in the score
-    replay: int = 32  # earlier rounds that the selector is fitted on too
-    # what the selector sees of a pair: mean of chosen and rejected states, or their difference too
-    context: Literal["mean", "both"] = "mean"
-    selector_lr: float = 1e-4  # learning rate of the selector
-    fit_steps: int = 4  # the selector's Adam steps a round
-    # Selective DPO: first keep this share of the pairs, the easiest by cross-fitted validation loss
-    preselect: float = 1.0
+    margin_weight: float = 1.0  # weight of the preference margin in kappa
+    uncertainty_weight: float = 1.0  # weight of 1 - mm(log pi(y_w)) in kappa
+    explore: float = 0.1  # weight of f_S' in the score
+    # which pairs of a batch get rewards: the K picked, or all n
+    fit: Literal["selected", "all"] = "selected"
+    # what the selector sees of a pair: the mean over prompts and responses of both sides, over the
+    # responses alone, or that and the difference of the two responses
+    context: Literal["sequence", "response", "both"] = "sequence"
     loss: Literal["dpo", "ipo"] = "dpo"  # of the training
     beta: float = 0.01  # strength of the pull to the reference
+
+    # -- the selector
+    # the layer encoder's transformer: model folder or Hub id, or none, a small one made here
+    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    # rounds in which the encoder is trained before it is frozen; 0: it learns with the rest
+    pretrain_rounds: int = 100
+    selector_depth: int = 16  # layers of f_S, and of f_S'
+    selector_width: int = 4096  # width of both
+    selector_pooling: int = 4  # f_S' reads the mean of so many neighbouring activations of f_S
+    selector_lr: float = 1e-4  # learning rate of the selector
+    fit_steps: int = 4  # the selector's Adam steps a round
+    pool: int = 40000  # past rounds that are kept; when it is full a random one is replaced
+    replay: int = 32  # past rounds, drawn from the pool, that the selector is fitted on in a round
+
+    # -- Selective DPO
+    # first keep this share of the pairs, the easiest by cross-fitted validation loss
+    preselect: float = 1.0
+    preselect_splits: int = 3  # random splits into halves that a difficulty is the mean over
+    # of the pairs kept by --preselect: from easy to difficult, or shuffled
+    order: Literal["easy_first", "shuffled"] = "easy_first"
 
     # -- data
     # model folder or Hub id to start from; also the reference
     model: str = "meta-llama/Meta-Llama-3-8B-Instruct"
     # preference pairs: .jsonl, .json or .parquet file, or Hub id[:SPLIT]
-    data: str = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
+    data: str = "princeton-nlp/llama3-ultrafeedback:train"
     # held-out pairs (without it: a tenth of --data, by a hash of the prompt)
-    test: str | None = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"
+    test: str | None = "princeton-nlp/llama3-ultrafeedback:test"
     limit: int | None = None  # use the first LIMIT training pairs
     test_pairs: int = 1000  # held-out pairs to measure on
     flip: float = 0.0  # share of the training pairs whose labels are swapped, to see who notices
@@ -449,7 +610,7 @@ class Config:
 
     # -- system
     # all other defaults; unset: paper under CUDA, else toy
-    preset: Literal["toy", "paper"] = "paper"
+    preset: Literal["toy", "paper", "hh"] = "paper"
     # under torchrun: replicate the model, shard it, or shard it inside a node and replicate across
     parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "fsdp"
     # of the computation; weights and optimizer stay in float32
@@ -467,9 +628,10 @@ class Config:
     def __post_init__(self):
         job.check_positive(self, "beta", "lr", "selector_lr", "fit_steps", "batch", "micro_batch")
         job.check_positive(self, "save_every", "eval_every", "max_prompt", "max_response")
-        job.check_positive(self, "test_pairs", "epochs", "clip")
+        job.check_positive(self, "test_pairs", "epochs", "clip", "preselect_splits", "pool")
+        job.check_positive(self, "selector_depth", "selector_width", "selector_pooling")
         job.check_not_negative(self, "warmup", "replay", "explore", "margin_weight")
-        job.check_not_negative(self, "uncertainty_weight")
+        job.check_not_negative(self, "uncertainty_weight", "pretrain_rounds")
         for name in ("ratio", "preselect"):
             if not 0 < getattr(self, name) <= 1:
                 value = getattr(self, name)
@@ -478,8 +640,24 @@ class Config:
             if not 0 <= getattr(self, name) <= 1:
                 value = getattr(self, name)
                 raise ValueError(f"--{name} must be at least 0 and at most 1, not {value}")
+        if self.selector_depth * self.selector_width % self.selector_pooling:
+            raise ValueError(
+                "--selector_depth x --selector_width must divide by --selector_pooling"
+            )
         job.check_positive(self, "limit", "max_steps")
 
+
+# The paper's second setting. Its policy is Pythia-2.8B after an SFT on the chosen answers, so pass
+# --model: the base model has no chat template. Epochs and lengths are ours.
+HH = {
+    "model": "EleutherAI/pythia-2.8b",
+    "data": "Anthropic/hh-rlhf:train",
+    "test": "Anthropic/hh-rlhf:test",
+    "beta": 0.1,
+    "epochs": 3,
+    "max_prompt": 256,
+    "max_response": 256,
+}
 
 # gamma, the two weights, context and selector_lr were chosen on another toy world (seed 1)
 TOY = {
@@ -488,9 +666,12 @@ TOY = {
     "test": None,
     "flip": 0.2,
     "gamma": 0.2,
-    "margin_weight": 1.0,
     "uncertainty_weight": 0.0,
     "context": "both",
+    "encoder": "none",
+    "pretrain_rounds": 0,
+    "selector_depth": 2,
+    "selector_width": 128,
     "selector_lr": 1e-3,
     "max_response": 64,
     "beta": 0.1,
@@ -527,7 +708,7 @@ class Data(NamedTuple):
 
 
 def main():
-    c = job.parse(Config, {"toy": TOY, "paper": {}})
+    c = job.parse(Config, {"toy": TOY, "paper": {}, "hh": HH})
     if c.dtype == "bfloat16" and c.micro_batch > 1:
         job.die(
             "--dtype bfloat16 needs --micro_batch 1: there a log-prob depends on the shape of its "
@@ -548,28 +729,93 @@ def main():
     if c.preselect < 1:
         data = data.take(easiest(c, data, held, start, out))
 
+    # train the selector's encoder, then freeze it
+    encoder = None
+    if c.pretrain_rounds and c.select in LEARNED:
+        encoder = pretrain(c, data, start, out / "pretrain")
+
     # train on the selected pairs of every batch
     if not (out / "checkpoint").exists():
-        train(c, c.select, data, held, start, out)
+        train(c, data, held, start, out, encoder)
     report(c, out, started)
     job.leave()
 
 
-# these ways to select need not look at the batch
+# what picks with the learned selector, and what need not even look at the batch
+LEARNED = ("topk", "sample")
 BLIND = ("all", "random", "oracle")
 
 
-def train(c, how: str, data: Data, held: Data, start: Model, folder: Path):
-    """Trains the policy from `start` on the pairs that `how` picks, into folder/checkpoint.
+def pretrain(c, data: Data, start: Model, folder: Path) -> dict[str, Tensor]:
+    """App. F.3: the weights of a trained encoder, from folder/encoder.pt, which is made if missing.
 
-    how: one of --select. Training states go to folder/state.pt, lines to folder/metrics.jsonl.
+    The policy is frozen. Rounds, rewards and fits are those of the training, with the SFT loss on
+    the chosen answers in the place of DPO's, and minus this loss in the place of the margin.
+    """
+    file, device = folder / "encoder.pt", start.device
+    if not file.exists():
+        policy = shard(frozen_pooling_scorer, start.path, c, device)
+        bandit = make_bandit(c, policy, device)
+        batches = math.ceil(len(data.pairs) / c.batch)
+        passes = replace(c, epochs=math.ceil(c.pretrain_rounds / batches), max_steps=None)
+        steps = step_order(len(data.pairs), passes, c.seed, "pretrain")[: c.pretrain_rounds]
+
+        log, keeps = folder / "metrics.jsonl", {"bandit": bandit}
+        run = job.TrainingRun(
+            c, folder, steps, {}, device, metrics=log, note="pretrain", keeps=keeps
+        )
+        for step in run:
+            sums, learned = pretraining_round(c, policy, data, steps[step], bandit, step)
+            metrics = run.reduce(step, sums, [data.pairs[i].id for i in steps[step]])
+            run.write(step, {**metrics, **learned}, lr=c.selector_lr, grad_norm=0.0)
+        if job.on_rank_0():
+            with job.all_or_nothing(file) as temporary:
+                torch.save(bandit.selector.encoder.state_dict(), temporary)
+        job.barrier()
+    return torch.load(file, map_location=device, weights_only=True)
+
+
+def pretraining_round(
+    c, policy: nn.Module, data: Data, indices: list[int], bandit: Bandit, step: int
+) -> tuple[dict[str, Tensor], dict]:
+    """One round of the bandit on a frozen policy. Returns a rank's part of the metrics, and more.
+
+    The picks train nothing: they only say whose rewards are fitted.
+    """
+    n, pairs = len(indices), [data.pairs[i] for i in indices]
+    seen = observe(c, policy, data.pairs, indices, bandit.device, c.context)
+    chosen_logps = seen.logps[:, 0]
+    tokens = torch.tensor([len(pair.chosen) for pair in pairs], device=bandit.device)
+    losses = sft_losses(chosen_logps, tokens)
+
+    seed = job.seed_of(c.seed, "pretrain", step) if c.select == "sample" else None
+    _, learned = bandit.round(seen.contexts, losses, -losses, chosen_logps, how_many(c, n), seed)
+
+    sums, zeros = {}, torch.zeros_like(losses)
+    values = common.preference_metrics(losses, zeros, zeros, seen.logps)
+    every_rank_has_all = torch.full_like(losses, 1 / job.world_size())
+    common.add_weighted(sums, values, every_rank_has_all, n)
+    return sums, learned
+
+
+def train(
+    c,
+    data: Data,
+    held: Data,
+    start: Model,
+    folder: Path,
+    encoder: dict[str, Tensor] | None = None,
+):
+    """Trains the policy from `start` on the pairs that --select picks, into folder/checkpoint.
+
+    encoder: the weights of a pretrained encoder, which is then frozen. Training states go to
+    folder/state.pt, lines to folder/metrics.jsonl.
     """
     device = start.device
     policy = shard(PoolingScorer, start.path, c, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
-    bandit = make_bandit(c, policy, device) if how in ("topk", "sample") else None
-    sizes = [pair.tokens for pair in data.pairs] if c.sort_by_length else None
-    steps = step_order(len(data.pairs), c, c.seed, "order", sizes=sizes)
+    bandit = make_bandit(c, policy, device, encoder) if c.select in LEARNED else None
+    steps = all_steps(c, data.pairs)
     parts = {"policy": (policy, optimizer)}  # what a training state holds,
     keeps = {"bandit": bandit} if bandit else {}  # and what else
     file, note = folder / "metrics.jsonl", folder.name
@@ -581,13 +827,13 @@ def train(c, how: str, data: Data, held: Data, start: Model, folder: Path):
 
         # observe
         seen = None
-        if how not in BLIND:
+        if c.select not in BLIND:
             kind = c.context if bandit else None
             seen = observe(c, policy, data.pairs, batch, device, kind)
         observed = time.time()
 
         # reward the last picks and fit to them (Bandit.learn: Eqs. 6-8, batch_reward); then select
-        places, learned = pick(c, how, data.take(batch), seen, bandit, step)
+        places, learned = pick(c, data.take(batch), seen, bandit, step)
         selected = [batch[place] for place in places]
         picked = time.time()
 
@@ -604,6 +850,19 @@ def train(c, how: str, data: Data, held: Data, start: Model, folder: Path):
             metrics.update(measure(c, policy, held, device))
         run.write(step, metrics, lr=lr, grad_norm=norm)
     job.save_checkpoint(folder / "checkpoint", policy, start.tok, start.path)
+
+
+def all_steps(c, pairs: list[Pair]) -> list[list[int]]:
+    """The batches of the training. Pairs kept by --preselect come in their own order, if asked."""
+    sizes = [pair.tokens for pair in pairs] if c.sort_by_length else None
+    if c.preselect == 1 or c.order == "shuffled":
+        return step_order(len(pairs), c, c.seed, "order", sizes=sizes)
+
+    one_epoch = []
+    for first in range(0, len(pairs), c.batch):
+        batch = list(range(first, min(first + c.batch, len(pairs))))
+        one_epoch.append(sorted(batch, key=sizes.__getitem__) if sizes else batch)
+    return (one_epoch * c.epochs)[: c.max_steps]
 
 
 class Seen(NamedTuple):
@@ -624,8 +883,9 @@ def observe(
     logps, contexts = [], []
     for some, _ in micro_batches(indices, c):
         ids, mask = common.collate_pairs([pairs[i] for i in some], device)
+        tokens = pooled_tokens(mask, kind) if kind else None
         with autocast(c, device, policy):
-            some_logps, pooled = policy(ids, mask, kind is not None)
+            some_logps, pooled = policy(ids, mask, tokens)
         logps.append(common.by_pair(some_logps))
         if kind:
             contexts.append(context(pooled, kind))
@@ -648,17 +908,27 @@ def gather(share: Tensor, n: int) -> Tensor:
     return torch.stack(shares, 1).flatten(0, 1)[:n]
 
 
-def make_bandit(c, policy: nn.Module, device) -> Bandit:
-    """A new bandit for contexts of this policy."""
+def make_bandit(c, policy: nn.Module, device, encoder: dict | None = None) -> Bandit:
+    """A new bandit for contexts of this policy, perhaps with the weights of a frozen encoder."""
     lm = getattr(policy, "module", policy).lm  # DDP holds the scorer as .module
-    width = lm.config.hidden_size
-    if c.context == "both":
-        width *= 2
-    return Bandit(len(lm.model.layers), width, c, device)
+    bandit = Bandit(context_width(c, lm.config.hidden_size), c, device)
+    if encoder:
+        bandit.freeze_encoder(encoder)
+    return bandit
+
+
+def context_width(c, hidden_size: int) -> int:
+    """The width of the contexts of a policy of this width."""
+    return 2 * hidden_size if c.context == "both" else hidden_size
+
+
+def how_many(c, n: int) -> int:
+    """K = ceil(ratio n)."""
+    return math.ceil(c.ratio * n)
 
 
 def pick(
-    c, how: str, batch: Data, seen: Seen | None, bandit: Bandit | None, step: int
+    c, batch: Data, seen: Seen | None, bandit: Bandit | None, step: int
 ) -> tuple[list[int], dict]:
     """Picks K of the n pairs of a batch, as --select says.
 
@@ -666,21 +936,22 @@ def pick(
     branch here and a word in Config.select.
     """
     n = len(batch.pairs)
-    k, seed = math.ceil(c.ratio * n), job.seed_of(c.seed, "select", step)
-    if how == "all":
+    k, seed = how_many(c, n), job.seed_of(c.seed, "select", step)
+    if c.select == "all":
         return list(range(n)), {}
-    if how == "random":
+    if c.select == "random":
         return top_k(torch.zeros(n), k, seed), {}  # equal scores: any k
-    if how == "oracle":
+    if c.select == "oracle":
         # -100 outweighs any Gumbel noise: the unflipped first, at random among them
         return top_k(-100.0 * torch.tensor(batch.flipped), k, seed), {}
 
     margin = margins(seen.logps, batch.ref_logps, c.beta)
-    if how == "margin":
+    if c.select == "margin":
         return top_k(margin, k), {}
-    if how == "topk":
+    if c.select == "topk":
         seed = None  # greedy; `sample` draws k without replacement, by softmax(scores)
-    return bandit.round(seen.contexts, margin, seen.logps[:, 0], k, seed)
+    losses, chosen_logps = dpo_losses(margin), seen.logps[:, 0]
+    return bandit.round(seen.contexts, losses, margin, chosen_logps, k, seed)
 
 
 def descend(c, policy: nn.Module, data: Data, indices: list[int], device) -> dict[str, Tensor]:
@@ -833,28 +1104,36 @@ def frozen_pooling_scorer(lm) -> PoolingScorer:
 
 
 def easiest(c, data: Data, held: Data, start: Model, out: Path) -> list[int]:
-    """Selective DPO: the indices of the easiest share of the pairs, in the order of the data.
+    """Selective DPO: the indices of the easiest share of the pairs, from easy to difficult.
 
-    A DPO model is trained on each half of the pairs. A pair's difficulty is its loss under the
-    model that never saw it; all of them go to out/difficulty.json.
+    A DPO model is trained on each half of each random split of the pairs. A pair's difficulty is
+    its mean loss under the models that never saw it; all of them go to out/difficulty.json.
     """
     n = len(data.pairs)
-    order = random.Random(job.seed_of(c.seed, "halves")).sample(range(n), n)
-    first, second = sorted(order[::2]), sorted(order[1::2])
+    plain = replace(c, select="all", preselect=1.0)  # DPO, in a shuffled order
+    difficulty = torch.zeros(n, device=start.device)
+    for split in range(c.preselect_splits):
+        order = random.Random(job.seed_of(c.seed, "halves", split)).sample(range(n), n)
+        halves = sorted(order[::2]), sorted(order[1::2])
+        for number, (own, other) in enumerate([halves, halves[::-1]]):
+            folder = out / f"split{split}-half{number}"
+            if not (folder / "checkpoint").exists():
+                train(plain, data.take(own), held, start, folder)
+            losses = validation_losses(c, folder, start, data.take(other))
+            difficulty[other] += losses / c.preselect_splits
 
-    difficulty = [0.0] * n
-    for name, own, other in (("half0", first, second), ("half1", second, first)):
-        folder = out / name
-        if not (folder / "checkpoint").exists():
-            train(c, "all", data.take(own), held, start, folder)
-        model, unseen = start.with_weights(folder / "checkpoint"), data.take(other)
-        logps = logps_in_file(c, folder / "other.jsonl", model, unseen.pairs, f"{name}: validate")
-        losses = losses_of(c, margins(logps, unseen.ref_logps, c.beta))
-        for i, loss in zip(other, losses.tolist()):
-            difficulty[i] = loss
     if job.on_rank_0():
-        job.write_atomic(out / "difficulty.json", json.dumps(difficulty))
-    return top_k(-torch.tensor(difficulty), math.ceil(c.preselect * n))
+        job.write_atomic(out / "difficulty.json", json.dumps(difficulty.tolist()))
+    order = difficulty.argsort(stable=True).tolist()
+    return order[: math.ceil(c.preselect * n)]
+
+
+def validation_losses(c, folder: Path, start: Model, unseen: Data) -> Tensor:
+    """The losses of pairs under the model of folder/checkpoint, which never saw them. [n]."""
+    model = start.with_weights(folder / "checkpoint")
+    note = f"{folder.name}: validate"
+    logps = logps_in_file(c, folder / "other.jsonl", model, unseen.pairs, note)
+    return losses_of(c, margins(logps, unseen.ref_logps, c.beta))
 
 
 # ------------------------------------------------------------------------- input
@@ -869,6 +1148,8 @@ def prepare(c, device) -> tuple[Model, list[Pair], list[bool], list[Pair]]:
     rows, test_rows, dropped = datafiles.load_split(c.data, c.test, "pair", c.limit, c.test_pairs)
     tok, config = common.load_tokenizer(c.model)
     common.check_context(c.model, config, c.max_prompt, c.max_response)
+    if c.select in LEARNED:
+        encoder_config(c.encoder)
 
     pairs, flipped = [], []
     rows = flip_labels(rows, c.flip, c.seed)
@@ -929,7 +1210,10 @@ def show_plan(c, tok, pairs, held, flipped: list[bool], dropped: Counter, device
         f"{len(held)} held-out pairs" + job.left_out_note(dropped)
     )
     print(job.batch_note(c, f"{len(step_order(n, c))} steps", device))
-    print(job.memory_plan(lm_shapes(c.model), c, chunk=common.CHUNK, reference=False))
+    lm = lm_shapes(c.model)
+    print(job.memory_plan(lm, c, chunk=common.CHUNK, reference=False))
+    if c.select in LEARNED:
+        print(selector_plan(c, lm.config, rounds=len(step_order(n, c))))
 
     prompt, chosen, rejected, _ = pairs[0]
     print(f"example, no loss: {tok.decode(prompt)!r}")
@@ -938,6 +1222,25 @@ def show_plan(c, tok, pairs, held, flipped: list[bool], dropped: Counter, device
         f"rejected, with loss: {tok.decode(rejected)!r} "
         f"({len(prompt)} + {len(chosen)}, {len(rejected)} tokens)",
         flush=True,
+    )
+
+
+def selector_plan(c, config, rounds: int) -> str:
+    """What the selector and its pool may take on each rank, by arithmetic."""
+    width = context_width(c, config.hidden_size)
+    with torch.device("meta"):
+        selector = Selector(width, c)
+    weights = sum(p.numel() for p in selector.parameters())
+    kept = config.num_hidden_layers * width  # numbers of a pair in the pool
+    if c.pretrain_rounds:
+        selector.encoder.requires_grad_(False)
+        kept = selector.encoder.layer_encoder.config.hidden_size
+        rounds = max(rounds, c.pretrain_rounds)
+    rewarded = how_many(c, c.batch) if c.fit == "selected" else c.batch
+    pool = 4 * kept * rewarded * min(rounds, c.pool)
+    return (
+        f"selector: {weights / 1e6:.1f} M weights, {selector_nbytes(selector) / 2**30:.2f} GiB on "
+        f"each rank; pool: up to {pool / 2**30:.2f} GiB of CPU memory on each"
     )
 
 

@@ -21,6 +21,7 @@ from conftest import (
     refused,
     results,
     run,
+    sams_flags,
     script,
     weights,
 )
@@ -30,6 +31,7 @@ import common
 import dnpo
 import generate
 import job
+import sams
 import toy
 import tso
 from common import Answer, Model, Pair
@@ -435,6 +437,75 @@ def test_a_killed_generate_goes_on_and_loses_and_repeats_no_row(world, tmp_path)
     for row in lines(world / "train.jsonl"):
         asked += [(row["id"], 0), (row["id"], 1)]
     assert [(row["id"], row["meta"]["sample"]) for row in lines(whole)] == asked
+
+
+def test_the_best_and_the_worst_answer_to_each_prompt_become_a_pair(world, tmp_path, capfd):
+    """generate.py --pairs ends with a file that sams.py trains on; killed, it goes on.
+
+    Prompts whose answers the judge finds equally good have no pair.
+    """
+    out, pairs = tmp_path / "answers.jsonl", tmp_path / "pairs.jsonl"
+    more = {"samples": 3, "temperature": 1.0, "max_new_tokens": 12, "judge": "toy", "pairs": pairs}
+    flags = generate_flags(world, out, **more)
+    assert forked(generate, *flags, kill=("in", "score")) == -signal.SIGKILL
+    assert out.exists()
+    assert not pairs.exists()
+    done = script("generate.py", *flags, cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+
+    expected = []
+    answers = lines(out)
+    for i, row in enumerate(lines(world / "train.jsonl")):
+        text = row["prompt"]
+        own = answers[3 * i : 3 * i + 3]
+        scores = [toy.score(text, answer["response"]) for answer in own]
+        best, worst = scores.index(max(scores)), scores.index(min(scores))
+        if best != worst:
+            chosen, rejected = own[best], own[worst]
+            expected.append((row["id"], chosen["response"], rejected["response"]))
+            ended = [side["meta"]["finish"] == "stop" for side in (chosen, rejected)]
+            meta = lines(pairs)[len(expected) - 1]["meta"]
+            assert [meta["chosen_ended"], meta["rejected_ended"]] == ended
+            assert (meta["score_chosen"], meta["score_rejected"]) == (max(scores), min(scores))
+    found = [(row["id"], row["chosen"], row["rejected"]) for row in lines(pairs)]
+    assert found == expected
+    assert 60 < len(expected) < 120
+    assert f"{len(expected)} pairs; {120 - len(expected)} prompts without" in done.stdout
+
+    more = {"data": pairs, "out": tmp_path / "run", "max_steps": 1, "select": "all"}
+    assert forked(sams, *sams_flags(world, **more)) == 0
+
+
+def test_a_judgement_that_could_not_be_read_is_neither_best_nor_worst():
+    """Scores None, 3, 8, 3, 8: the third and the second; only None or equal ones: no pair."""
+    answers = []
+    for text in "abcde":
+        answers.append({"response": text, "meta": {"finish": "stop" if text < "c" else "length"}})
+    row = {"id": "1", "prompt": []}
+    pair = generate.preference_pair(row, answers, [None, 3, 8, 3, 8])
+    assert (pair["chosen"], pair["rejected"]) == ("c", "b")
+    assert pair["meta"] == {
+        "score_chosen": 8,
+        "score_rejected": 3,
+        "chosen_ended": False,
+        "rejected_ended": True,
+    }
+    assert generate.preference_pair(row, answers, [None] * 5) is None
+    assert generate.preference_pair(row, answers, [None, 3, 3, None, 3]) is None
+
+
+@pytest.mark.parametrize(
+    "more, complaint",
+    [
+        (["--pairs", "p.jsonl"], "--pairs and --judge go together"),
+        (["--judge", "toy"], "--pairs and --judge go together"),
+        (["--pairs", "p.jsonl", "--judge", "toy"], "--pairs needs at least two answers"),
+    ],
+)
+def test_pairs_need_a_judge_and_two_answers(monkeypatch, capsys, world, tmp_path, more, complaint):
+    """One line, exit code 2."""
+    flags = [*generate_flags(world, tmp_path / "a.jsonl"), *more]
+    assert complaint in refused(monkeypatch, capsys, generate, flags)
 
 
 def test_an_answer_is_cut_at_max_new_tokens_and_says_so(monkeypatch, world, tmp_path):

@@ -72,6 +72,10 @@ def tiny(**more) -> Config:
         "beta": 0.3,
         "activation_checkpointing": False,
         "parallel": "none",
+        "encoder": "none",
+        "pretrain_rounds": 0,
+        "selector_depth": 3,
+        "selector_width": 16,
     }
     values.update(more)
     return Config(**values)
@@ -159,8 +163,8 @@ def test_margins_and_losses_are_the_formulas():
 def test_the_batch_reward_is_the_relative_gain():
     """L~ lies in [-1, 0]; rho > 0 when it falls; swapping before and after flips rho's sign."""
     m = [-2.0, 0.0, 3.0]
-    before = bounded_loss(torch.tensor(m)).item()
-    after = bounded_loss(torch.tensor([x + 1 for x in m])).item()
+    before = bounded_loss(dpo_losses(torch.tensor(m))).item()
+    after = bounded_loss(dpo_losses(torch.tensor([x + 1 for x in m]))).item()
     assert before == near(naive_bounded_loss(m))
     assert -1 < after < before < 0
 
@@ -169,6 +173,39 @@ def test_the_batch_reward_is_the_relative_gain():
     assert rho > 0
     assert batch_reward(after, before) == near(-rho)
     assert batch_reward(before, before) == 0
+
+
+def naive_exponentiated_rho(before: list[float], after: list[float]) -> float:
+    """Eq. 6: e^L_t and e^L_{t+1} of the batches' mean losses L = mean_i -log sigmoid(m_i).
+
+    (e^L_t - e^L_{t+1}) / max(e^L_t, e^L_{t+1}).
+    """
+    first = math.exp(mean([naive_loss(m) for m in before]))
+    second = math.exp(mean([naive_loss(m) for m in after]))
+    return (first - second) / max(first, second)
+
+
+@pytest.mark.parametrize(
+    "n, spread, distance", [(1, 2.0, 1e-9), (64, 0.05, 3e-4), (64, 0.5, 0.03), (64, 2.0, 0.3)]
+)
+def test_the_bounded_form_is_the_exponentiated_one(n, spread, distance):
+    """For one pair to rounding; for 64 as far as a geometric mean is from an arithmetic one.
+
+    The margins' spread says how far that is.
+    """
+    rng = random.Random(n)
+    apart = []
+    for _ in range(200):
+        before = [rng.gauss(0, spread) for _ in range(n)]
+        after = [rng.gauss(0.1, spread) for _ in range(n)]
+        bounded = []
+        for m in (before, after):
+            losses = dpo_losses(torch.tensor(m, dtype=torch.float64))
+            bounded.append(bounded_loss(losses).item())
+        rho = batch_reward(*bounded)
+        apart.append(abs(rho - naive_exponentiated_rho(before, after)))
+    assert max(apart) < distance
+    assert n == 1 or max(apart) > distance / 100  # they are two forms
 
 
 def test_rewards_are_the_formulas():
@@ -260,47 +297,53 @@ def states_by_layer(lm, ids: list[int]) -> list[list[list[float]]]:
     return states
 
 
-def naive_pooled(lm, prompt: list[int], response: list[int]) -> list[list[float]]:
-    """The mean over the response's tokens of every layer's output: L lists of D numbers."""
+def naive_pooled(lm, ids: list[int], first: int) -> list[list[float]]:
+    """The mean from token `first` on of every layer's output: L lists of D numbers."""
     pooled = []
-    for states in states_by_layer(lm, prompt + response):
-        of_response = states[len(prompt) :]
-        pooled.append([mean(values) for values in zip(*of_response)])
+    for states in states_by_layer(lm, ids):
+        pooled.append([mean(values) for values in zip(*states[first:])])
     return pooled
 
 
-def test_contexts_are_means_over_response_tokens():
-    """Every layer's output, averaged over the response of one sequence at a time, unpadded.
+@pytest.mark.parametrize("kind", ["sequence", "response", "both"])
+def test_contexts_are_means_over_the_tokens_of_one_sequence(kind):
+    """Every layer's output, averaged over one sequence at a time, unpadded, or over its response.
 
     Log-probs are the same as without pooling.
     """
     lm = tiny_lm(3)
     pairs = random_pairs(4)
-    expected = [naive_pooled(lm, pair.prompt, pair.chosen) for pair in pairs]
-    expected += [naive_pooled(lm, pair.prompt, pair.rejected) for pair in pairs]
+    expected = []
+    for side in ("chosen", "rejected"):
+        for pair in pairs:
+            ids = pair.prompt + getattr(pair, side)
+            first = 0 if kind == "sequence" else len(pair.prompt)
+            expected.append(naive_pooled(lm, ids, first))
 
     scorer = PoolingScorer(lm)
-    batch = common.collate_pairs(pairs, "cpu")
-    logps, pooled = scorer(*batch, pool=True)
+    ids, mask = common.collate_pairs(pairs, "cpu")
+    logps, pooled = scorer(ids, mask, sams.pooled_tokens(mask, kind))
     assert pooled.flatten().tolist() == near(torch.tensor(expected).flatten().tolist())
 
-    plain_logps, nothing = scorer(*batch)
+    plain_logps, nothing = scorer(ids, mask)
     assert torch.equal(logps, plain_logps)
     assert nothing is None
     assert scorer.pooled == {}
 
 
 def test_the_context_of_a_pair_is_a_mean_and_perhaps_a_difference():
-    """mean: of both sides, so the released context can't see a flip. both: and their difference."""
-    _, pooled = PoolingScorer(tiny_lm(3))(*common.collate_pairs(random_pairs(4), "cpu"), pool=True)
+    """The mean of both sides, which can't see a flip. both: and their difference."""
+    ids, mask = common.collate_pairs(random_pairs(4), "cpu")
+    _, pooled = PoolingScorer(tiny_lm(3))(ids, mask, mask)
     chosen, rejected = pooled[:4], pooled[4:]
     mean_of_both = (chosen + rejected) / 2
     both = torch.cat([mean_of_both, chosen - rejected], -1)
-    assert torch.equal(context(pooled, "mean"), mean_of_both)
+    assert torch.equal(context(pooled, "sequence"), mean_of_both)
+    assert torch.equal(context(pooled, "response"), mean_of_both)
     assert torch.equal(context(pooled, "both"), both)
 
     flipped = torch.cat([rejected, chosen])
-    assert torch.equal(context(flipped, "mean"), mean_of_both)
+    assert torch.equal(context(flipped, "response"), mean_of_both)
     assert not torch.equal(context(flipped, "both"), both)
 
 
@@ -310,7 +353,7 @@ def test_the_context_of_a_pair_is_a_mean_and_perhaps_a_difference():
 def test_f2_learns_the_residual_and_leaves_f1_alone():
     """The loss is two mean squared errors; f2's part sends no gradient into encoder and f1."""
     torch.manual_seed(0)
-    selector = Selector(2, 8)
+    selector = Selector(8, tiny())
     x = torch.randn(5, 2, 8)
     r = torch.rand(5)
     f1, f2 = selector(x)
@@ -326,9 +369,10 @@ def test_f2_learns_the_residual_and_leaves_f1_alone():
     for name, both, alone in zip(names, of_both, of_f1_alone):
         if name.startswith("explore"):
             assert alone is None, name
-            assert both.abs().sum() > 0, name
         else:
             assert torch.equal(both, alone), name
+    of_explore = [both for name, both in zip(names, of_both) if name.startswith("explore")]
+    assert sum(both.abs().sum() for both in of_explore) > 0
 
 
 def test_the_regression_target_is_never_broadcast():
@@ -347,7 +391,7 @@ def test_f1_fits_four_targets():
     The released regressor ends at 2.5 for a perfect prediction.
     """
     torch.manual_seed(0)
-    selector = Selector(3, 8)
+    selector = Selector(8, tiny(selector_width=64))
     x = torch.randn(4, 3, 8)
     r = torch.arange(4.0)
     optimizer = torch.optim.Adam(selector.parameters(), lr=1e-3)
@@ -362,28 +406,69 @@ def test_f1_fits_four_targets():
     assert (f1 - r).square().mean() < 1e-3
 
 
-def test_the_selector_tells_layers_apart():
-    """A layer is known by its embedding alone.
+def naive_linear(layer: torch.nn.Linear, x: list[float]) -> list[float]:
+    """W x + b, of lists of floats (Python's are float64)."""
+    out = []
+    for row, bias in zip(layer.weight.tolist(), layer.bias.tolist()):
+        out.append(bias + sum(w * value for w, value in zip(row, x)))
+    return out
 
-    States and embeddings swapped together predict the same; states swapped alone predict what the
-    embeddings swapped alone do, and not the same.
-    """
+
+def naive_residual_mlp(mlp, x: list[float]) -> tuple[float, list[float]]:
+    """h_1 = relu(W_1 x), h_l = h_{l-1} + relu(W_l h_{l-1}); w h of the last, and all h."""
+    h = [max(0.0, value) for value in naive_linear(mlp.first, x)]
+    hidden = list(h)
+    for layer in mlp.others:
+        added = [max(0.0, value) for value in naive_linear(layer, h)]
+        h = [a + b for a, b in zip(h, added)]
+        hidden += h
+    (value,) = naive_linear(mlp.value, h)
+    return value, hidden
+
+
+def test_the_two_networks_are_residual_mlps_and_the_second_reads_the_firsts_activations():
+    """f_S of h; f_S' of all hidden activations of f_S, averaged over every 4 neighbours."""
     torch.manual_seed(0)
-    selector = Selector(2, 8)
+    selector = Selector(8, tiny())
+    h = torch.randn(5, 128)
+    f1, f2 = selector.values(h)
+    for i, row in enumerate(h.tolist()):
+        exploit, hidden = naive_residual_mlp(selector.exploit, row)
+        assert len(hidden) == 3 * 16
+        pooled = [mean(hidden[j : j + 4]) for j in range(0, len(hidden), 4)]
+        explore, _ = naive_residual_mlp(selector.explore, pooled)
+        assert f1[i].item() == near(exploit)
+        assert f2[i].item() == near(explore)
+
+
+def test_the_encoder_averages_over_layers_and_has_length_1():
+    """h is the mean of the layer encoder's outputs, divided by its length; layers have places."""
+    torch.manual_seed(0)
+    encoder = Selector(8, tiny()).encoder
     x = torch.randn(3, 2, 8)
-    torch.nn.init.normal_(selector.layer)
-    swapped = copy.deepcopy(selector)
-    swapped.layer.data = selector.layer.data.flip(0)
+    h = encoder(x)
+    for i in range(3):
+        tokens = encoder.connector(x[i])[None]
+        read = encoder.layer_encoder(inputs_embeds=tokens).last_hidden_state[0].tolist()
+        averaged = [mean(values) for values in zip(*read)]
+        length = math.sqrt(sum(value**2 for value in averaged))
+        assert h[i].tolist() == near([value / length for value in averaged])
+    assert (encoder(x.flip(1)) - h).abs().max() > 1e-3  # the layers' order is seen
 
-    def f1(selector, x) -> list[float]:
-        return selector(x)[0].tolist()
 
-    plain = f1(selector, x)
-    states_alone = f1(selector, x.flip(1))
-    assert f1(swapped, x.flip(1)) == near(plain)
-    assert f1(swapped, x) == near(states_alone)
-    for a, b in zip(plain, states_alone):
-        assert abs(a - b) > 1e-3
+def test_the_paper_preset_is_the_papers_selector():
+    """Connector of two layers (inner 1024), f_S and f_S' of 16 layers of width 4096, 4 pooled."""
+    c = Config(encoder="none")
+    with torch.device("meta"):
+        selector = Selector(4096, c)
+    first, _, second = selector.encoder.connector
+    assert (first.in_features, first.out_features, second.in_features) == (4096, 1024, 1024)
+    for mlp in (selector.exploit, selector.explore):
+        widths = [layer.out_features for layer in (mlp.first, *mlp.others)]
+        assert widths == [4096] * 16
+    assert selector.explore.first.in_features == 16 * 4096 // 4
+    assert (c.pool, c.replay, c.ratio, c.batch) == (40000, 32, 0.5, 64)
+    assert (c.select, c.fit, c.margin_weight, c.uncertainty_weight) == ("topk", "selected", 1, 1)
 
 
 # ---------------------------------------------------------------- the bandit
@@ -410,12 +495,19 @@ def same_weights(a: dict, b: dict) -> bool:
     return all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-def test_rewards_lag_by_one_round():
+def play(bandit: Bandit, shown: Round, k: int, seed: int | None = None):
+    """A round of the bandit with DPO's losses of the margins."""
+    losses = dpo_losses(shown.margin)
+    return bandit.round(shown.contexts, losses, shown.margin, shown.chosen_logps, k, seed)
+
+
+@pytest.mark.parametrize("fit", ["selected", "all"])
+def test_rewards_lag_by_one_round(fit):
     """A scripted trace of three rounds, number by number.
 
     Round t's reward uses its own margins and log-probs, the bounded losses of t and t + 1, and the
     running mean of rho. The selector is fitted to it before it scores round t + 1. Only selected
-    pairs are rewarded.
+    pairs are rewarded, or all.
     """
     c = tiny(
         gamma=0.4,
@@ -424,8 +516,9 @@ def test_rewards_lag_by_one_round():
         explore=0.3,
         fit_steps=2,
         selector_lr=1e-2,
+        fit=fit,
     )
-    bandit = Bandit(2, 8, c, CPU)
+    bandit = Bandit(8, c, CPU)
     script = scripted_rounds(3)
     losses = [naive_bounded_loss(shown.margin.tolist()) for shown in script]
     rhos, rewarded, places, predicted = [], [], [], []
@@ -433,11 +526,11 @@ def test_rewards_lag_by_one_round():
     for t, shown in enumerate(script):
         before = copy.deepcopy(bandit.selector.state_dict())
         last_places, last_predicted = places, predicted
-        places, log = bandit.round(*shown, 3, None)
+        places, log = play(bandit, shown, 3)
 
         if t == 0:
             assert log == {}
-            assert not bandit.replay
+            assert not bandit.pool.rounds
             assert same_weights(bandit.selector.state_dict(), before)
         else:
             last = script[t - 1]
@@ -446,7 +539,8 @@ def test_rewards_lag_by_one_round():
             kappa = naive_kappa(last.margin.tolist(), last.chosen_logps.tolist(), 0.7, 0.2)
             r = [naive_reward(smoothed, kappa[i], 0.4) for i in last_places]
             rewarded.append((last.contexts[last_places], r))
-            for (contexts, reward), (past, past_r) in zip(bandit.replay, rewarded, strict=True):
+            rounds = bandit.pool.rounds
+            for (contexts, reward), (past, past_r) in zip(rounds, rewarded, strict=True):
                 assert torch.equal(contexts, past)
                 assert reward.tolist() == near(past_r)
 
@@ -459,26 +553,67 @@ def test_rewards_lag_by_one_round():
         f1, f2 = bandit.selector(shown.contexts)  # after the fit
         scores = (f1 + 0.3 * f2).tolist()
         assert places == naive_top(scores, 3)
+        if fit == "all":
+            places = list(range(6))
         predicted = f1[places].tolist()
 
 
 def numbered_round(bandit: Bandit, t: int):
     """A round of 4 pairs whose contexts are full of the number t; 2 of them are picked."""
     contexts = torch.full((4, 2, 8), float(t))
-    bandit.round(contexts, torch.randn(4), torch.randn(4), 2, None)
+    play(bandit, Round(contexts, torch.randn(4), torch.randn(4)), 2)
 
 
-def test_replay_holds_so_many_earlier_rounds():
-    """--replay 2: this round and the two before it."""
-    bandit = Bandit(2, 8, tiny(replay=2), CPU)
-    for t in range(6):
+def numbers(rounds: list) -> list[int]:
+    """The numbers of numbered rounds."""
+    return [int(read[0, 0, 0]) for read, _ in rounds]
+
+
+def test_a_full_pool_replaces_a_random_round():
+    """--pool 3: all rounds while there is room; then each new one takes one of three places."""
+    bandit = Bandit(8, tiny(pool=3), CPU)
+    held = []
+    for t in range(12):
         numbered_round(bandit, t)
-    assert [contexts[0, 0, 0].item() for contexts, _ in bandit.replay] == [2, 3, 4]
+        before, held = held, numbers(bandit.pool.rounds)
+        if t <= 3:
+            assert held == list(range(t))
+        else:
+            replaced = [place for place in range(3) if held[place] != before[place]]
+            assert [held[place] for place in replaced] == [t - 1]
+    assert held != [9, 10, 11]
+    assert held != sorted(held)  # not the oldest, and not one after the other
 
 
-def test_a_fit_is_one_pass_over_the_replay():
-    """The Adam steps of a round see each of the rounds held exactly once, in fit_steps parts."""
-    bandit = Bandit(2, 8, tiny(replay=4, fit_steps=2), CPU)
+def test_places_in_a_full_pool_and_draws_from_it_are_even():
+    """Each of 5 places is replaced, and each of 5 rounds drawn, in a fifth of the cases."""
+    pool = sams.Pool(5)
+    rng = random.Random(0)
+    for t in range(5):
+        pool.add(torch.full((1, 1, 1), float(t)), torch.zeros(1), rng)
+    drawn = [numbers(pool.draw(2, rng)) for _ in range(2000)]
+    assert all(a != b for a, b in drawn)
+    for t in range(5):
+        share = sum(t in some for some in drawn) / 2000
+        assert share == pytest.approx(2 / 5, abs=4 * math.sqrt(0.24 / 2000))
+
+    replaced = [0] * 5
+    for t in range(5, 2005):
+        before = numbers(pool.rounds)
+        pool.add(torch.full((1, 1, 1), float(t)), torch.zeros(1), rng)
+        for place, (old, new) in enumerate(zip(before, numbers(pool.rounds))):
+            replaced[place] += old != new
+    assert sum(replaced) == 2000
+    for count in replaced:
+        assert count / 2000 == pytest.approx(1 / 5, abs=4 * math.sqrt(0.16 / 2000))
+
+
+def test_a_fit_is_one_pass_over_this_round_and_those_drawn():
+    """A round's Adam steps see it and --replay others once each, in fit_steps parts.
+
+    The others are drawn anew in every round, from all that are past.
+    """
+    bandit = Bandit(8, tiny(replay=3, fit_steps=2), CPU)
     parts = []
 
     def keep_numbers(module, args, out):
@@ -487,26 +622,57 @@ def test_a_fit_is_one_pass_over_the_replay():
             parts.append(sorted(set(contexts[:, 0, 0].tolist())))
 
     bandit.selector.register_forward_hook(keep_numbers)
-    for t in range(5):
+    others = []
+    for t in range(12):
         parts.clear()
         numbered_round(bandit, t)
-        assert sorted(itertools.chain(*parts)) == list(range(t))
+        seen = list(itertools.chain(*parts))
+        assert len(seen) == len(set(seen)) == min(t, 4)
         assert len(parts) == min(t, 2)
-    assert len(parts[0]) == len(parts[1]) == 2
+        if t > 5:
+            assert t - 1 in seen
+            others.append(sorted(set(seen) - {t - 1}))
+    assert len({tuple(some) for some in others}) > 2
+    assert any(some[0] < 3 for some in others)
+    assert [len(part) for part in parts] == [2, 2]
 
 
 def test_the_bytes_of_the_bandit_are_those_of_its_tensors():
-    """Weights, gradients, Adam's two moments, and the contexts in the replay."""
-    bandit = Bandit(2, 8, tiny(replay=2), CPU)
+    """Weights, gradients, Adam's two moments, and what the pool has read."""
+    bandit = Bandit(8, tiny(replay=2), CPU)
     for t in range(4):
         numbered_round(bandit, t)
     total = 0
     for p in bandit.selector.parameters():
         state = bandit.optimizer.state[p]
         total += p.nbytes + p.grad.nbytes + state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
-    for contexts, _ in bandit.replay:
-        total += contexts.nbytes
+    for read, _ in bandit.pool.rounds:
+        total += read.nbytes
     assert bandit.nbytes() == total
+
+
+def test_a_frozen_encoder_does_not_change_and_the_pool_holds_its_outputs():
+    """Not a bit of the encoder changes in five rounds; f_S and f_S' learn; the pool is [K, E]."""
+    torch.manual_seed(3)
+    pretrained = Selector(8, tiny()).encoder.state_dict()
+    bandit = Bandit(8, tiny(replay=2, selector_lr=1e-2), CPU)
+    bandit.freeze_encoder(pretrained)
+    before = copy.deepcopy(bandit.selector.state_dict())
+    script = scripted_rounds(5)
+    kept = []
+    for shown in script:
+        places, _ = play(bandit, shown, 3)
+        kept.append(bandit.selector.encoder(shown.contexts)[places])
+
+    assert same_weights(bandit.selector.encoder.state_dict(), pretrained)
+    after = bandit.selector.state_dict()
+    for name in ("exploit.first.weight", "explore.first.weight"):
+        assert not torch.equal(after[name], before[name])
+    for (read, _), expected in zip(bandit.pool.rounds, kept):
+        assert torch.equal(read, expected)
+    frozen = sum(p.nbytes for p in bandit.selector.encoder.parameters())
+    learning = sum(p.nbytes for p in bandit.selector.parameters()) - frozen
+    assert bandit.nbytes() == frozen + 4 * learning + 4 * 4 * 3 * 128
 
 
 def test_the_selector_learns_what_is_rewarded():
@@ -515,13 +681,13 @@ def test_the_selector_learns_what_is_rewarded():
     Predicted and observed rewards then agree in rank, and the better pairs are chosen.
     """
     c = tiny(gamma=0.0, margin_weight=1.0, uncertainty_weight=0.0, selector_lr=1e-3)
-    bandit = Bandit(1, 4, c, CPU)
+    bandit = Bandit(4, c, CPU)
     g = torch.Generator().manual_seed(0)
     correlations, gains = [], []
     for _ in range(60):
         x = torch.randn(16, 1, 4, generator=g)
         margin = x[:, 0, 1] - x[:, 0, 3]
-        places, log = bandit.round(x, margin, torch.zeros(16), 8, None)
+        places, log = play(bandit, Round(x, margin, torch.zeros(16)), 8)
         correlations.append(log.get("selector/rank_correlation", 0))
         gains.append(margin[places].mean().item() - margin.mean().item())
     assert mean(correlations[-10:]) > 0.7
@@ -601,16 +767,16 @@ def test_only_sample_draws():
     """From equal states of the bandit, `sample` picks by its seed, `topk` the K highest scores."""
     c = tiny()
     batch = Data(random_pairs(12), torch.zeros(12, 2), [False] * 12)
-    seen = observe(c, PoolingScorer(tiny_lm(6)), batch.pairs, list(range(12)), CPU, "mean")
+    seen = observe(c, PoolingScorer(tiny_lm(6)), batch.pairs, list(range(12)), CPU, "response")
 
     def choose(how: str, step: int) -> list[int]:
-        places, _ = pick(c, how, batch, seen, Bandit(2, 16, c, CPU), step)
+        places, _ = pick(tiny(select=how), batch, seen, Bandit(16, c, CPU), step)
         return places
 
     assert choose("sample", 1) == choose("sample", 1)
     assert len({tuple(choose("sample", step)) for step in range(5)}) > 2
 
-    f1, f2 = Bandit(2, 16, c, CPU).selector(seen.contexts)
+    f1, f2 = Bandit(16, c, CPU).selector(seen.contexts)
     highest = naive_top((f1 + c.explore * f2).tolist(), 6)
     assert choose("topk", 1) == choose("topk", 2) == highest
 
@@ -670,7 +836,8 @@ def test_flips_are_seeded_marked_and_exact():
 # ---------------------------------------------------------------- whole runs
 
 
-TEN_ROUNDS = {"context": "both", "epochs": 3, "max_steps": 10}  # of 16 pairs, with replay
+# of 16 pairs, seeing both sides, after 5 rounds of pretraining
+TEN_ROUNDS = {"context": "both", "epochs": 3, "max_steps": 10, "pretrain_rounds": 5}
 
 
 @pytest.fixture(scope="module")
@@ -688,7 +855,7 @@ def flags(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(flags, tmp_path_factory):
-    """One run in one process: 10 rounds of 16, seeing both sides, with replay."""
+    """One run in one process: 10 rounds of 16."""
     out = tmp_path_factory.mktemp("plain") / "run"
     assert forked(sams, *flags(out, **TEN_ROUNDS)) == 0
     return out
@@ -729,6 +896,9 @@ def test_two_ranks_select_and_learn_what_one_does(plain, flags, tmp_path):
         found = weights(tmp_path / way / "checkpoint")
         assert_close(weights(plain / "checkpoint"), found, atol=2e-4)
 
+        found = torch.load(tmp_path / way / "pretrain" / "encoder.pt")
+        assert_close(torch.load(plain / "pretrain" / "encoder.pt"), found, atol=2e-3)
+
 
 def without_selector(line: dict) -> dict:
     return {name: value for name, value in line.items() if not name.startswith("selector")}
@@ -750,10 +920,11 @@ def test_everything_selected_is_dpo_to_the_bit(monkeypatch, flags, tmp_path):
 def test_three_and_resume_are_six(monkeypatch, flags, tmp_path):
     """The run goes on bit for bit after every single step.
 
-    Saved are policy, optimizers, selector, replay, running mean and the pending round.
+    Saved are policy, optimizers, selector, pool, running mean and the pending round. It does so in
+    the pretraining too, of three rounds.
     """
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    more = {"context": "both", "epochs": 2, "max_steps": 6}
+    more = {"context": "both", "epochs": 2, "max_steps": 6, "pretrain_rounds": 3, "pool": 4}
     run(monkeypatch, sams, *flags(whole, **more))
     save_state = job.save_state
 
@@ -765,7 +936,7 @@ def test_three_and_resume_are_six(monkeypatch, flags, tmp_path):
         raise Killed
 
     resume = []
-    for _ in range(5):
+    for _ in range(2 + 5):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(job, "save_state", save_and_die)
             run(patch, sams, *flags(pieces, **more), *resume)
@@ -773,15 +944,71 @@ def test_three_and_resume_are_six(monkeypatch, flags, tmp_path):
     run(monkeypatch, sams, *flags(pieces, **more), *resume)
 
     assert metrics(pieces) == metrics(whole)
+    assert metrics(pieces / "pretrain") == metrics(whole / "pretrain")
     assert results(pieces) == results(whole)
     assert_close(weights(pieces / "checkpoint"), weights(whole / "checkpoint"), atol=0)
-    assert not (whole / "state.pt").exists()
+    assert not list(whole.glob("**/state.pt"))
+
+
+def test_pretraining_rewards_the_sft_loss_and_the_encoder_is_then_frozen(
+    monkeypatch, flags, tmp_path, world
+):
+    """Three rounds: the loss is the mean of -log pi(y_w) / |y_w|, and rho that of exp(-loss).
+
+    The encoder has learned; the training's bandit has its weights and does not change a bit of
+    them, while its f_S and f_S' start anew. The policy starts as it was.
+    """
+    bandits, first_weights = [], []
+    make_bandit = sams.make_bandit
+
+    def keep_bandit(*args):
+        bandits.append(make_bandit(*args))
+        first_weights.append(copy.deepcopy(bandits[-1].selector.state_dict()))
+        return bandits[-1]
+
+    monkeypatch.setattr(sams, "make_bandit", keep_bandit)
+    run(monkeypatch, sams, *flags(tmp_path / "run", pretrain_rounds=3, selector_lr=1e-2))
+
+    saved = torch.load(tmp_path / "run" / "pretrain" / "encoder.pt")
+    pretraining, training = [bandit.selector.state_dict() for bandit in bandits]
+    before = first_weights[0]
+    for name in ("connector.0.weight", "layer_encoder.encoder.layer.0.output.dense.weight"):
+        assert not torch.equal(saved[name], before[f"encoder.{name}"])
+    for name, value in saved.items():
+        assert torch.equal(pretraining[f"encoder.{name}"], value)
+        assert torch.equal(first_weights[1][f"encoder.{name}"], value)
+        assert torch.equal(training[f"encoder.{name}"], value)
+    assert torch.equal(first_weights[1]["exploit.first.weight"], before["exploit.first.weight"])
+    assert not torch.equal(training["exploit.first.weight"], before["exploit.first.weight"])
+    assert metrics(tmp_path / "run")[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+    tok, _ = common.load_tokenizer(str(world / "sft"))
+    pairs, _ = common.encode_pairs(tok, training_rows(world), 32, 16)
+    lm = load_exact(world / "sft")
+    order = random.Random(job.seed_of(0, "pretrain", 0)).sample(range(60), 60)
+    rounds = metrics(tmp_path / "run" / "pretrain")
+    assert len(rounds) == 3
+    bounded = []
+    for t, line in enumerate(rounds):
+        per_token = []
+        for i in order[16 * t : 16 * (t + 1)]:
+            with torch.no_grad():
+                logp = naive_logp(lm, pairs[i].prompt, pairs[i].chosen).item()
+            per_token.append(logp / len(pairs[i].chosen))
+        assert line["loss"] == near(-mean(per_token))
+        bounded.append(-mean([math.exp(value) for value in per_token]))
+        if t > 0:
+            assert line["selector/rho"] == pytest.approx(naive_rho(*bounded[-2:]), abs=1e-5)
+    assert "selector/rho" not in rounds[0]
 
 
 @pytest.mark.parametrize(
     "kill",
     [
         ("in", "reference"),
+        ("in", "pretrain"),
+        ("after", "pretrain/state.pt"),
+        ("before", "encoder.pt"),
         ("in", "killed"),
         ("after", "state.pt"),
         ("before", "checkpoint"),
@@ -796,6 +1023,7 @@ def test_a_killed_run_ends_with_the_same_results(plain, flags, tmp_path, kill):
     assert forked(sams, *command, kill=kill) == -signal.SIGKILL
     assert forked(sams, *command, "--resume") == 0
     assert metrics(out) == metrics(plain)
+    assert metrics(out / "pretrain") == metrics(plain / "pretrain")
     assert results(out) == results(plain)
     assert not list((tmp_path / "reference").glob("*.part"))
 
@@ -896,8 +1124,9 @@ def test_the_selected_are_trained_on_and_no_others(plain):
 def test_a_row_that_is_left_out_takes_its_mark_along(world):
     """Which pairs are flipped stays true when prompts that are too long are left out."""
     pairs_file = str(world / "pairs.jsonl")
-    more = {"max_prompt": 10, "max_response": 16, "flip": 0.4, "limit": 60, "test": pairs_file}
-    c = Config(model=str(world / "sft"), data=pairs_file, dtype="float32", **more)
+    more = {"max_prompt": 10, "max_response": 16, "flip": 0.4, "limit": 60, "encoder": "none"}
+    files = {"model": str(world / "sft"), "data": pairs_file, "test": pairs_file}
+    c = Config(**files, dtype="float32", **more)
     _, pairs, flipped, _ = sams.prepare(c, CPU)
 
     rows, _ = datafiles.load_rows(pairs_file, "pair", 60)
@@ -928,8 +1157,8 @@ def test_controls_pick_what_they_say(monkeypatch, flags, tmp_path):
     """random: any K, seeded. oracle: no flipped pair while others last. margin: the K highest."""
     choices = []
 
-    def keep_choice(c, how, batch, seen, bandit, step):
-        places, learned = pick(c, how, batch, seen, bandit, step)
+    def keep_choice(c, batch, seen, bandit, step):
+        places, learned = pick(c, batch, seen, bandit, step)
         choices.append(Choice(batch, seen, places))
         return places, learned
 
@@ -1077,53 +1306,86 @@ def test_bf16_starts_at_exactly_0(flags, tmp_path):
     assert third["rewards/margins"] != 0
 
 
-def test_selective_dpo_keeps_the_easiest(monkeypatch, flags, tmp_path, world):
-    """--preselect 0.5: a pair's difficulty is its DPO loss under the model of the other half.
+def test_selective_dpo_keeps_the_easiest_and_begins_with_them(monkeypatch, flags, tmp_path, world):
+    """--preselect 0.5: a pair's difficulty is its DPO loss under models that never saw it.
 
-    The easier half is trained on, with the selector.
+    It is the mean over two splits. The easier half is trained on from easy to difficult, with the
+    selector.
     """
     out = tmp_path / "run"
-    run(monkeypatch, sams, *flags(out, preselect=0.5, lr=1e-3))
+    run(monkeypatch, sams, *flags(out, preselect=0.5, preselect_splits=2, lr=1e-3))
     difficulty = json.loads((out / "difficulty.json").read_text())
     rows = training_rows(world)
     tok, _ = common.load_tokenizer(str(world / "sft"))
     pairs, _ = common.encode_pairs(tok, rows, 32, 16)
     start = load_exact(world / "sft")
 
-    order = random.Random(job.seed_of(0, "halves")).sample(range(60), 60)
-    for name, unseen in (("half1", order[::2]), ("half0", order[1::2])):
-        model = load_exact(out / name / "checkpoint")
-        for i in unseen[:5]:
-            with torch.no_grad():
-                ratio = naive_ratio(naive_logps(model, pairs[i]), naive_logps(start, pairs[i]))
-            assert difficulty[i] == pytest.approx(naive_loss(0.1 * ratio.item()), abs=1e-4)
+    watched, expected = range(0, 60, 7), dict.fromkeys(range(0, 60, 7), 0.0)
+    for split in (0, 1):
+        order = random.Random(job.seed_of(0, "halves", split)).sample(range(60), 60)
+        for half, unseen in ((1, order[::2]), (0, order[1::2])):
+            model = load_exact(out / f"split{split}-half{half}" / "checkpoint")
+            for i in set(watched) & set(unseen):
+                with torch.no_grad():
+                    ratio = naive_ratio(naive_logps(model, pairs[i]), naive_logps(start, pairs[i]))
+                expected[i] += naive_loss(0.1 * ratio.item()) / 2
+    assert {i: difficulty[i] for i in watched} == pytest.approx(expected, abs=1e-4)
     assert len(set(difficulty)) > 50
 
     kept = sorted(range(60), key=lambda i: difficulty[i])[:30]
     is_flipped = [row["meta"].get("flipped", False) for row in rows]
     steps = metrics(out)
-    assert sum(line["batch/pairs"] for line in steps) == 30
-    assert sum(line["batch/flipped"] for line in steps) == sum(is_flipped[i] for i in kept)
+    assert [line["batch/pairs"] for line in steps] == [16, 14]
+    flipped_first = sum(is_flipped[i] for i in kept[:16])
+    assert steps[0]["batch/flipped"] == flipped_first
+    assert steps[1]["batch/flipped"] == sum(is_flipped[i] for i in kept[16:])
     assert results(out)["preselect"] == 0.5
     assert [line["selected/pairs"] for line in steps] == [8, 7]
 
 
-def test_the_easiest_share_is_rounded_up(monkeypatch, tmp_path):
-    """--preselect 0.3 keeps ceil(3.3) = 4 of 11 pairs: those of the largest margins."""
+def test_the_order_of_the_kept_pairs_is_theirs_or_shuffled():
+    """easy_first: the pairs as they come, in every epoch; within a step perhaps by length."""
+    pairs = random_pairs(10)
+
+    def steps(**more) -> list[list[int]]:
+        return sams.all_steps(tiny(batch=4, micro_batch=1, epochs=2, **more), pairs)
+
+    in_order = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert steps(preselect=0.5, sort_by_length=False) == in_order * 2
+    by_length = [sorted(step, key=lambda i: pairs[i].tokens) for step in in_order]
+    assert by_length != in_order
+    assert steps(preselect=0.5) == by_length * 2
+    assert steps(preselect=0.5, max_steps=4) == (by_length * 2)[:4]
+
+    shuffled = steps(preselect=0.5, order="shuffled")
+    assert shuffled == steps()  # and without --preselect there is no other order
+    assert shuffled != by_length * 2
+
+
+def test_the_easiest_share_is_rounded_up_and_sorted(monkeypatch, tmp_path):
+    """--preselect 0.3 keeps ceil(3.3) = 4 of 11 pairs: those of the largest margins, in order."""
     pairs = random_pairs(11)
     data = Data(pairs, torch.zeros(11, 2), [False] * 11)
+    trained = []
 
-    def do_nothing(*args):
-        pass
+    def note(c, own, held, start, folder):
+        trained.append((c.select, c.preselect, len(own.pairs), folder.name))
 
     def logps_that_rise(c, file, model, pairs, note):
         numbers = [int(pair.id.removeprefix("pair-")) for pair in pairs]
         return torch.tensor([[float(number), 0.0] for number in numbers])
 
-    monkeypatch.setattr(sams, "train", do_nothing)
+    monkeypatch.setattr(sams, "train", note)
     monkeypatch.setattr(sams, "logps_in_file", logps_that_rise)
     start = Model("start", None, CPU, torch.float32)
-    assert sams.easiest(tiny(preselect=0.3), data, data, start, tmp_path) == [7, 8, 9, 10]
+    c = tiny(preselect=0.3, preselect_splits=2, ratio=0.75)
+    assert sams.easiest(c, data, data, start, tmp_path) == [10, 9, 8, 7]
+    halves = [("all", 1.0, 6, "half0"), ("all", 1.0, 5, "half1")]
+    expected = []
+    for split in (0, 1):
+        for select, preselect, n, half in halves:
+            expected.append((select, preselect, n, f"split{split}-{half}"))
+    assert trained == expected
 
 
 @pytest.mark.parametrize(
@@ -1138,6 +1400,10 @@ def test_the_easiest_share_is_rounded_up(monkeypatch, tmp_path):
         ({"max_steps": 0}, "--max_steps"),
         ({"limit": 0}, "--limit"),
         ({"replay": -1}, "--replay"),
+        ({"pool": 0}, "--pool"),
+        ({"preselect_splits": 0}, "--preselect_splits"),
+        ({"selector_width": 6, "selector_depth": 3}, "--selector_pooling"),
+        ({"encoder": "nowhere"}, "--encoder nowhere: not a model folder"),
         ({"beta": 0}, "--beta"),
         ({"batch": 10}, "can't be divided"),
         ({"max_prompt": 2}, "too few"),
