@@ -134,20 +134,34 @@ def noise_losses(logps: Tensor, noisy_ref_logps: Tensor, beta: float) -> Tensor:
     return -preference_losses(chosen - rejected)
 
 
+def offset_ref_logps(noisy_ref_logps: Tensor, drop: Tensor, mean_drop: float) -> Tensor:
+    """The control: the noise of y- replaced by its mean fall. [B, 2], [B] -> [B, 2].
+
+    drop is log pi_{k-1}(y-) - log p_noise(y-) of each pair, mean_drop its mean over the step's.
+    Every margin falls by beta mean_drop, the same for all pairs.
+    """
+    chosen, noisy = noisy_ref_logps.detach().unbind(1)
+    return torch.stack([chosen, noisy + drop - mean_drop], 1)
+
+
 # ------------------------------------------------------------------------- the noise
 
 
 class NoiseHead(nn.Linear):
     """sigma = W h + b: a standard deviation for each response position and vocabulary entry.
 
-    h: [N, D] -> [N, V]. At the start W = 0 and b = init. sigma may become negative: eps is
-    symmetric, so that only its size matters.
+    h: [N, D] -> [N, V]. At the start W = 0 and b is the number `init`, or, with init "linear", both
+    are as in any new nn.Linear. A sigma may be negative: eps is symmetric, so that sigma * eps and
+    |sigma| * eps have the same distribution, and only the size of sigma matters.
     """
 
-    def __init__(self, width: int, vocabulary: int, init: float):
-        super().__init__(width, vocabulary)
-        nn.init.zeros_(self.weight)
-        nn.init.constant_(self.bias, init)
+    def __init__(self, width: int, vocabulary: int, init: str, seed: int):
+        with torch.random.fork_rng(devices=[]):  # nobody else's random numbers change
+            torch.manual_seed(seed)
+            super().__init__(width, vocabulary)
+        if init != "linear":
+            nn.init.zeros_(self.weight)
+            nn.init.constant_(self.bias, float(init))
 
 
 def draw(seeds: list[int], vocabulary: int, device) -> Tensor:
@@ -166,22 +180,23 @@ def draw(seeds: list[int], vocabulary: int, device) -> Tensor:
 class NoisyReference(Scorer):
     """The frozen reference, with a trainable NoiseHead on the logits of rejected answers.
 
-    With init None there is no noise anywhere: this is SPIN's reference.
+    With init None there is no noise anywhere: this is SPIN's reference. The seed is NoiseHead's.
     """
 
-    def __init__(self, lm, init: float | None):
+    def __init__(self, lm, init: str | None, seed: int = 0):
         super().__init__(lm.requires_grad_(False).eval())
         self.noise = None
         if init is not None:
             width, vocabulary = lm.config.hidden_size, lm.get_output_embeddings().out_features
             with lm.device:  # "meta" if it will be sharded
-                self.noise = NoiseHead(width, vocabulary, init)
+                self.noise = NoiseHead(width, vocabulary, init, seed)
 
     def forward(self, ids: Tensor, mask: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of B pairs, those of the rejected answers with noise.
 
         ids, mask: [2B, T], chosen first; one seed per rejected answer. Returns log-probs [2B], and
-        for each rejected answer the sums over its tokens of mean_v(sigma) and mean_v(sigma^2): [B].
+        for each rejected answer how far the noise has lowered its log-prob, in nats, and the sum
+        over its tokens of mean_v(sigma^2): [B], [B].
         """
         B = len(ids) // 2
         if self.noise is None:
@@ -199,7 +214,7 @@ class NoisyReference(Scorer):
         token_seeds = []
         for seed, length in zip(seeds, lengths):
             token_seeds.extend(range(seed, seed + length))
-        noisy_logps, sigma, square = self.noisy_head(
+        noisy_logps, drop, square = self.noisy_head(
             states[rejected], targets[rejected], token_seeds
         )
 
@@ -207,7 +222,7 @@ class NoisyReference(Scorer):
         chosen = common.sum_by_row(chosen_logps, row[~rejected], B)
         noisy = common.sum_by_row(noisy_logps, pair, B)
         logps = torch.cat([chosen, noisy])
-        return logps, common.sum_by_row(sigma, pair, B), common.sum_by_row(square, pair, B)
+        return logps, common.sum_by_row(drop, pair, B), common.sum_by_row(square, pair, B)
 
     def noisy_head(
         self, states: Tensor, targets: Tensor, seeds: list[int]
@@ -217,27 +232,28 @@ class NoisyReference(Scorer):
         Never more than CHUNK x V noisy logits are alive. The backward pass computes them again, and
         the seeds make it draw the same noise.
         """
-        logps, sigmas, squares = [], [], []
+        logps, drops, squares = [], [], []
         for start in range(0, len(states), common.CHUNK):
             end = start + common.CHUNK
             chunk = states[start:end], targets[start:end], seeds[start:end]
-            logp, sigma, square = checkpoint(
+            logp, drop, square = checkpoint(
                 self.noisy_chunk, *chunk, use_reentrant=False, preserve_rng_state=False
             )
             logps.append(logp)
-            sigmas.append(sigma)
+            drops.append(drop)
             squares.append(square)
-        return torch.cat(logps), torch.cat(sigmas), torch.cat(squares)
+        return torch.cat(logps), torch.cat(drops), torch.cat(squares)
 
     def noisy_chunk(
         self, states: Tensor, targets: Tensor, seeds: list[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """log p_noise of n tokens, and their mean_v(sigma) and mean_v(sigma^2): [n] each."""
+        """log p_noise of n tokens, how far it lies below log pi, and mean_v(sigma^2): [n] each."""
+        logits = self.lm.lm_head(states)  # [n, V]
         std = self.noise(states)  # sigma [n, V]
         eps = draw(seeds, std.shape[1], states.device)  # [n, V]
-        logps = noisy_token_logps(self.lm.lm_head(states), std, eps, targets)  # [n]
-        std = std.float()
-        return logps, std.mean(1), std.square().mean(1)
+        logps = noisy_token_logps(logits, std, eps, targets)  # [n]
+        drop = common.token_logps(logits, targets) - logps.detach()  # [n]
+        return logps, drop, std.float().square().mean(1)
 
 
 # ------------------------------------------------------------------------- configuration
@@ -254,10 +270,14 @@ class Config:
     labels: Literal["judge", "annotation"] = "judge"
     # equal scores: keep the annotation as the positive, or drop the pair
     ties: Literal["keep", "drop"] = "keep"
+    # share of the judge's labels that are flipped, to see what a judge that errs does
+    judge_noise: float = 0.0
     noise: bool = True  # trainable noise on the reference (NPO)
-    # one pass for model and noise, or a noise step before every model step
-    noise_update: Literal["joint", "alternating"] = "joint"
-    noise_init: float = 0.1  # standard deviation of the noise at the start of an iteration
+    # one pass for model and noise; a noise step before every model step; or the control: as joint,
+    # but the model sees the noise's mean fall instead of the noise
+    noise_update: Literal["joint", "alternating", "offset"] = "joint"
+    # sigma at the start of an iteration: a number, or linear for nn.Linear's default weights
+    noise_init: str = "0.1"
     noise_penalty: float = 0.1  # alpha, weight of mean(sigma^2)
     noise_lr: float = 1e-4  # learning rate of W and b
     beta: float = 0.1  # the papers' lambda
@@ -314,7 +334,7 @@ class Config:
         job.check_positive(self, "beta", "lr", "noise_lr", "batch", "micro_batch", "sample_batch")
         job.check_positive(self, "save_every", "max_prompt", "max_response", "test_prompts")
         job.check_positive(self, "epochs", "clip")
-        job.check_not_negative(self, "iterations", "warmup_iterations", "noise_init")
+        job.check_not_negative(self, "iterations", "warmup_iterations")
         job.check_not_negative(self, "noise_penalty", "temperature", "warmup")
         job.check_positive(self, "limit", "max_steps")
         job.check_offload(self)
@@ -322,6 +342,23 @@ class Config:
             raise ValueError(
                 "--labels judge needs a judge; with --judge none use --labels annotation"
             )
+        check_noise_init(self.noise_init)
+        if not 0 <= self.judge_noise <= 1:
+            raise ValueError(f"--judge_noise must be between 0 and 1, not {self.judge_noise}")
+        if self.judge_noise and self.labels != "judge":
+            raise ValueError("--judge_noise flips the judge's labels: it needs --labels judge")
+
+
+def check_noise_init(init: str):
+    """ValueError for what is neither "linear" nor a number from 0 on."""
+    if init == "linear":
+        return
+    try:
+        std = float(init)
+    except ValueError:
+        std = -1.0
+    if not 0 <= std < math.inf:
+        raise ValueError(f"--noise_init must be linear or a number from 0 on, not {init}")
 
 
 TOY = {
@@ -429,8 +466,12 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
 
     An answer that was cut, by sampling (meta.*_ended) or later by --max_response, gets no
     end-of-sequence token, neither in the training nor in the logged log-probs: see
-    common.response_ids.
+    common.response_ids. --judge_noise flips a seeded share of the judge's labels.
     """
+    flipped = set()
+    if at.dsl:
+        rng = random.Random(job.seed_of(c.seed, "judge noise", at.number))
+        flipped.update(rng.sample(range(len(rows)), round(c.judge_noise * len(rows))))
 
     def work(items, number):
         annotated_scores = generated_scores = [None] * len(items)
@@ -442,7 +483,7 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
             ended = answers[i]["meta"]["finish"] == "stop"
             annotated = Answer(rows[i]["response"], True, annotated_score)
             generated = Answer(answers[i]["response"], ended, generated_score)
-            pairs.append(preference_row(c, at, rows[i], annotated, generated))
+            pairs.append(preference_row(c, at, rows[i], annotated, generated, i in flipped))
         return pairs
 
     # all ranks label; a finished pairs.jsonl is only read: delete it after an edit of the labels
@@ -451,7 +492,14 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
         list(range(len(rows))),
         work,
         c.sample_batch,
-        settings=[at.number, c.ties, at.dsl, c.judge, [row["response"] for row in answers]],
+        settings=[
+            at.number,
+            c.ties,
+            at.dsl,
+            c.judge,
+            sorted(flipped),
+            [row["response"] for row in answers],
+        ],
         note=f"{at.name}: label",
     )
     if judge:
@@ -459,8 +507,10 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
     return pairs
 
 
-def preference_row(c, at: Iteration, row: dict, annotated: Answer, generated: Answer) -> dict:
-    """The preference row of two answers to the prompt of `row`.
+def preference_row(
+    c, at: Iteration, row: dict, annotated: Answer, generated: Answer, flipped: bool = False
+) -> dict:
+    """The preference row of two answers to the prompt of `row`, its label flipped if so asked.
 
     meta.why says why the pair is not trained on: "unreadable" for a judgement that could not be
     read, or "tie" with --ties drop.
@@ -474,6 +524,8 @@ def preference_row(c, at: Iteration, row: dict, annotated: Answer, generated: An
             why = "tie"
         elif dynamic_labels(annotated.score, generated.score) == "generated":
             chosen, rejected = generated, annotated
+    if flipped:
+        chosen, rejected = rejected, chosen
     return {
         "id": row["id"],
         "prompt": row["prompt"],
@@ -482,6 +534,7 @@ def preference_row(c, at: Iteration, row: dict, annotated: Answer, generated: An
         "meta": {
             "iteration": at.number,
             "swapped": chosen is generated,
+            "flipped": flipped,
             "why": why,
             "score_annotated": annotated.score,
             "score_generated": generated.score,
@@ -512,6 +565,9 @@ def encode(
 
 # ------------------------------------------------------------------------- training
 
+# A smaller fall of the margins changes the weights sigmoid(-m) by 0.0125 at most.
+TOO_SMALL = 0.05
+
 
 def train(c, at: Iteration, pairs: list[Pair], start: Model):
     """Trains pi_k from pi_{k-1} on one iteration's pairs.
@@ -522,7 +578,8 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
     # the two models, and their optimizers
     device = start.device
     policy = shard(Scorer, start.path, c, device)
-    wrap = functools.partial(NoisyReference, init=c.noise_init if at.npo else None)
+    init, seed = c.noise_init if at.npo else None, job.seed_of(c.seed, "noise init", at.number)
+    wrap = functools.partial(NoisyReference, init=init, seed=seed)
     reference = shard(wrap, start.path, c, device, c.offload_reference)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
     parts = {"policy": (policy, optimizer)}  # what a training state holds
@@ -531,7 +588,7 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
         noise_weights = [p for p in reference.parameters() if p.requires_grad]
         noise_optimizer = torch.optim.AdamW(noise_weights, lr=c.noise_lr, weight_decay=0.0)
         parts["noise"] = (reference, noise_optimizer)
-        updates = ["joint"] if c.noise_update == "joint" else ["noise", "model"]
+        updates = ["noise", "model"] if c.noise_update == "alternating" else [c.noise_update]
 
     # the steps, and what is around them
     sizes = [pair.tokens for pair in pairs] if c.sort_by_length else None
@@ -548,14 +605,17 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
             # the update is part of the seed: each draws new noise; the last one's sums are logged
             seed = (c.seed, "noise", at.number, step, update)
             sums = descend(c, update, policy, reference, pairs, steps[step], seed, device)
-            if update in ("model", "joint"):
+            if update != "noise":
                 norm = take_step(optimizer, factor * c.lr, c.clip)
-            if update in ("noise", "joint"):
+            if update != "model":
                 take_step(noise_optimizer, factor * c.noise_lr, c.clip)
 
         metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])
-        metrics = noise_metrics(metrics, at.npo)
-        run.write(step, metrics, lr=factor * c.lr, grad_norm=norm)
+        metrics = derived_metrics(metrics, c.beta, at.npo)
+        if step == 0 and at.npo:
+            tell_drop(at, metrics)
+        more = f" · drop {metrics['noise/drop']:.2f}" if at.npo else ""
+        run.write(step, metrics, lr=factor * c.lr, grad_norm=norm, more=more)
     job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path)
 
 
@@ -571,54 +631,102 @@ def descend(
 ) -> dict[str, Tensor]:
     """Adds the gradient of one update for the pairs `indices`, which all ranks share.
 
-    update: "joint", "noise" or "model". seed: with a pair's index, it seeds the pair's noise.
-    Returns this rank's part of the pairs' mean metrics.
+    update: "joint", "offset", "noise" or "model". seed: with a pair's index, it seeds the pair's
+    noise. Returns this rank's part of the pairs' mean metrics.
     """
     n = len(indices)  # of the whole step: every rank knows all rows
     n_tokens = sum(len(pairs[i].rejected) for i in indices)
+    micros = list(collated(c, pairs, indices, seed, device))
+    if update == "offset":
+        mean_drop = measure_drop(c, reference, micros, n)
     sums = {}
-    micros = micro_batches(indices, c)
-    for j, (some, weights) in enumerate(micros):
-        ids, mask = common.collate_pairs([pairs[i] for i in some], device)  # [2B, T]
-        weight = torch.tensor(weights, device=device)  # [B]
-        seeds = [job.seed_of(*seed, i) for i in some]
-
+    for j, (ids, mask, weight, seeds) in enumerate(micros):
         with no_sync(policy, reference, last=j + 1 == len(micros)):
             with autocast(c, device, policy), torch.set_grad_enabled(update != "noise"):
                 logps = common.by_pair(policy(ids, mask))  # [B, 2]
             with autocast(c, device, policy), torch.set_grad_enabled(update != "model"):
-                noisy_logps, sigma, square = reference(ids, mask, seeds)  # [2B], [B], [B]
-            noisy_ref_logps = common.by_pair(noisy_logps)  # [B, 2]
+                noisy_logps, drop, square = reference(ids, mask, seeds)  # [2B], [B], [B]
+            noisy_ref_logps = ref_logps = common.by_pair(noisy_logps)  # [B, 2]
+            if update == "offset":
+                ref_logps = offset_ref_logps(noisy_ref_logps, drop, mean_drop)  # [B, 2]
 
-            model_loss = model_losses(logps, noisy_ref_logps, c.beta)  # [B]
+            model_loss = model_losses(logps, ref_logps, c.beta)  # [B]
             noise_loss = noise_losses(logps, noisy_ref_logps, c.beta)  # [B]
-            if update == "joint":
+            if update == "model":
+                losses = model_loss
+            elif update == "noise":
+                losses = noise_loss
+            else:
                 # the values cancel; the gradients do not: one goes to theta, the other to W and b
                 losses = model_loss + noise_loss
-            else:
-                losses = model_loss if update == "model" else noise_loss
             loss = (weight * losses).sum() / n
             if update != "model":
                 loss = loss + c.noise_penalty * (weight * square).sum() / n_tokens
             (loss * job.world_size()).backward()  # summed over ranks: DDP and FSDP average
 
-        chosen, rejected = implicit_rewards(logps, noisy_ref_logps, c.beta)
+        chosen, rejected = implicit_rewards(logps, ref_logps, c.beta)
         values = common.preference_metrics(model_loss, chosen, rejected, logps)
-        # add_weighted divides by n; these are means over tokens, hence n / n_tokens
-        values["noise/std"] = sigma * n / n_tokens
+        # a pair's weight in the gradient on theta; in float64, as its variance is a difference
+        pull = torch.sigmoid((rejected - chosen).double())
+        values["weights/mean"] = pull
+        values["weights/square"] = pull.square()
+        values["noise/drop"] = drop
+        # add_weighted divides by n; this is a mean over tokens, hence n / n_tokens
         values["noise/square"] = square * n / n_tokens
-        values["noise/loss"] = noise_loss + c.noise_penalty * square * n / n_tokens
+        values["noise/loss"] = noise_loss + c.noise_penalty * values["noise/square"]
         common.add_weighted(sums, values, weight, n)
     return sums
 
 
-def noise_metrics(metrics: dict[str, float], noise: bool) -> dict[str, float]:
-    """A step's metrics with the spread of sigma around its mean, or without all of the noise's."""
+def collated(c, pairs: list[Pair], indices: list[int], seed: tuple, device):
+    """Yields this rank's micro-batches of a step: ids and mask [2B, T], weights [B], B seeds."""
+    for some, weights in micro_batches(indices, c):
+        ids, mask = common.collate_pairs([pairs[i] for i in some], device)
+        seeds = [job.seed_of(*seed, i) for i in some]
+        yield ids, mask, torch.tensor(weights, device=device), seeds
+
+
+def measure_drop(c, reference: nn.Module, micros: list[tuple], n: int) -> float:
+    """The mean fall of log p_noise(y-) over all n pairs of a step, on all ranks, in nats.
+
+    A pass of the reference of its own, with the noise that descend draws again from the seeds.
+    """
+    drops = {}
+    for ids, mask, weight, seeds in micros:
+        with torch.no_grad(), autocast(c, ids.device, reference):
+            _, drop, _ = reference(ids, mask, seeds)
+        common.add_weighted(drops, {"drop": drop}, weight, n)
+    return job.sum_ranks(drops)["drop"]
+
+
+def derived_metrics(metrics: dict[str, float], beta: float, noise: bool) -> dict[str, float]:
+    """A step's metrics, with roots and ratios in the place of mean squares.
+
+    weights/spread is the standard deviation of sigmoid(-m) over the step's pairs, divided by its
+    mean: 0 if all pairs weigh the same. Without noise nothing is said of it.
+    """
+    metrics = dict(metrics)
+    mean = metrics["weights/mean"]
+    variance = max(0.0, metrics.pop("weights/square") - mean**2)
+    metrics["weights/spread"] = variance**0.5 / max(mean, 1e-30)
     if not noise:
         return {name: value for name, value in metrics.items() if not name.startswith("noise")}
-    square = metrics.pop("noise/square")
-    spread = max(0.0, square - metrics["noise/std"] ** 2) ** 0.5
-    return {**metrics, "noise/spread": spread}
+    metrics["noise/std"] = metrics.pop("noise/square") ** 0.5
+    metrics["noise/drop_margin"] = beta * metrics["noise/drop"]
+    return metrics
+
+
+def tell_drop(at: Iteration, metrics: dict[str, float]):
+    """Says how large the noise is in an iteration's first step, and whether that is too little."""
+    in_margin = metrics["noise/drop_margin"]
+    line = (
+        f"{at.name}: the noise lowers log p_noise(y-) by {metrics['noise/drop']:.3f} nats an "
+        f"answer, and the margin by {in_margin:.3f}"
+    )
+    if in_margin < TOO_SMALL:
+        line += ": warning: the noise is too small to act (raise --noise_init)"
+    if job.on_rank_0():
+        print(line, flush=True)
 
 
 # ------------------------------------------------------------------------- input, measurements
@@ -724,14 +832,23 @@ def training_summary(
 ) -> dict:
     """What results.json says of an iteration's labels and of its training."""
     steps = [m for m in job.read_jsonl(out / "metrics.jsonl") if m["iteration"] == at.number]
+    ties = [is_tie(row["meta"]) for row in pairs]
     return {
         "swapped": sum(row["meta"]["swapped"] for row in pairs) / len(pairs),
+        "ties": sum(ties) / len(pairs) if at.dsl else None,
         "pairs": len(encoded),
         "left_out": dict(left_out),
         "noise_std": steps[-1]["noise/std"] if at.npo else None,
+        "noise_drop": steps[-1]["noise/drop"] if at.npo else None,
         "grad_norm": sum(m["grad_norm"] for m in steps) / len(steps),
         "steps": len(steps),
     }
+
+
+def is_tie(meta: dict) -> bool:
+    """Whether the judge has given both answers of a preference row the same score."""
+    score = meta["score_annotated"]
+    return score is not None and score == meta["score_generated"]
 
 
 def show_plan(c, tok, rows: list[dict], test_rows: list[dict], dropped: Counter, device):
@@ -767,7 +884,7 @@ def report(out: Path, results: list[dict], model: str, started: float):
     names = [f"iteration {i}" for i in range(len(folders))]
     job.write_samples(out, "iteration", dict(zip(names, folders)))
 
-    columns = "iteration update score full_marks win tie loss swapped noise_std"
+    columns = "iteration update score full_marks win tie loss swapped ties noise_std noise_drop"
     columns += " logp_positive logp_negative logp_new grad_norm"
     print(job.table(results, columns.split()))
     first = job.read_jsonl(folders[0] / "test.jsonl")[:3]
