@@ -15,38 +15,39 @@ pi_{k-1}, which is also the reference:
            min over theta, max over (W, b)  of  E l(m),   with sigma^2 small              (Obj. 10)
 
 and the result is pi_k. Here h_j and z_j are the reference's last hidden state and logits at token j
-of y-: the noise is on the reference, and on the negative answer only. SPIN is the same without
-judge (y+ = y*) and without noise. In the code y+ is `chosen` and y- is `rejected`.
+of y-. SPIN is the same without judge (y+ = y*) and without noise. In the code y+ is `chosen`, y-
+`rejected`; B are pairs of a micro-batch, N response tokens, T length, V vocabulary, D width.
 
-Why noise: once the policy is sure of y+ over y-, the factor sigmoid(-m) on its gradient is near 0
-and training stalls. logsumexp is convex, so noise on logits lowers E log softmax(z + sigma eps)[y]:
-log p_noise(y-) falls, m falls, the gradient returns. Inference never sees the noise.
+What the noise is: logsumexp is convex, so noise on logits lowers E log softmax(z + sigma eps)[y],
+by about sigma^2/2 (1 - sum p^2) a token. log p_noise(y-) falls, m falls, and sigmoid(-m), a pair's
+weight in the gradient on theta, rises again where the policy was sure of y+ over y-. A factor that
+all gradients have in common changes nothing, though: Adam and clipping don't see it. So the noise
+acts in two ways: the pairs' weights become more even (`weights/spread` is their std / mean), and m
+is random. `noise/drop` is the fall in nats an answer; if beta times it is below 0.05 there is no
+noise to speak of. The control is `--noise_update offset`: sigma is trained as in `joint`, but the
+model sees log pi_{k-1}(y-) less the mean fall over the step's pairs, one number in nats an answer.
+If its curve and that of `joint` coincide, NPO is an adaptive margin. Adam moves sigma by up to
+noise_lr |h|_1 a step: much, in a wide model. Answers are always sampled without the noise.
 
 Differs from the paper, or is not specified by it (ours unless said):
 
  1. The constraint sigma^2 < epsilon is a penalty alpha mean(sigma^2), the mean being over the
     negatives' tokens and the vocabulary.
- 2. Obj. 10 writes its second term with a prime that is not explained. We read it as a
-    stop-gradient: L = l(m, sigma detached) - l(m, theta detached) + alpha mean(sigma^2), since
-    otherwise the two terms would cancel. `--noise_update alternating` follows the paper's Fig. 3
-    instead: a noise step, then a model step for which the noise is drawn again.
- 3. W = 0 and b = `noise_init` at the start of every iteration. Alpha, the initial value and the
-    noise's learning rate are not published. At 0.1 a token's log p_noise falls by at most
-    sigma^2 / 2 = 0.005 nats; times beta that is almost no noise.
- 4. Iteration k starts from pi_{k-1} with a fresh optimizer and learning-rate curve. The authors'
-    code restarts from the base model. The paper counts from 0: its iteration 0 is our 1, plain
-    SPIN.
- 5. The judge's rubric (common.py) is ours. The paper's judge is GPT-4o-mini (`--judge
-    api:gpt-4o-mini`), the default here is an open reward model.
- 6. Ties keep the annotation on top, as in DSL above; `--ties drop` leaves them out. Identical
-    answers are always left out.
- 7. The noise of an answer comes from a seed of its own, so that micro-batches, chunks and ranks
-    change nothing.
- 8. With `--mix_previous` the first DNPO iteration also trains on the warm-up's pairs, as SPIN has
-    labelled them.
+ 2. Obj. 10 writes its second term with a prime that is not explained. We read it as a stop-gradient
+    (else the terms cancel): L = l(m, sigma detached) - l(m, theta detached) + alpha mean(sigma^2).
+    `--noise_update alternating` is the paper's Fig. 3: a noise step, then a model step, noise anew.
+ 3. Sigma's start, alpha and the noise's lr are not published; sigma starts afresh each iteration.
+    `--noise_init 0.1` (W = 0, b = 0.1) is off in all but name: 0.2 nats an answer on a 135M model
+    with answers of 55 tokens, where `linear`, nn.Linear's own start, has 36 (RESULTS.md: sweep).
+ 4. Iteration k starts from pi_{k-1} with a fresh optimizer and learning-rate curve; the authors'
+    code, from the base model. The paper's iteration 0 is our 1, plain SPIN.
+ 5. The judge's rubric (common.py) is in our words, by the criteria and the scale of one in the
+    authors' repository; the paper's own is not published. The paper's judge is GPT-4o-mini
+    (`--judge api:gpt-4o-mini`), the default here is an open reward model.
+ 6. Ties keep y* on top; `--ties drop` leaves them out. Identical answers are always left out.
+ 7. Every answer's noise has a seed of its own: micro-batches, chunks and ranks change nothing.
+ 8. With `--mix_previous` the first DNPO iteration trains on the warm-up's SPIN pairs too.
  9. The noise has an AdamW of its own, with the policy's clipping and learning-rate curve.
-
-Shapes: B pairs of a micro-batch, N response tokens, T length, V vocabulary, D width.
 
     python dnpo.py                                     # laptop: the toy world, minutes
     python dnpo.py --preset paper --limit 2000         # one GPU, a tenth of the paper's data
