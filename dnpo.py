@@ -573,8 +573,7 @@ TOO_SMALL = 0.05
 def train(c, at: Iteration, pairs: list[Pair], start: Model):
     """Trains pi_k from pi_{k-1} on one iteration's pairs.
 
-    The result goes to the iteration's folder as checkpoint/, training states as state.pt, lines of
-    metrics to metrics.jsonl beside the folder.
+    It becomes checkpoint/ in the iteration's folder; metrics go to metrics.jsonl beside the folder.
     """
     # the two models, and their optimizers
     device = start.device
@@ -613,10 +612,8 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
 
         metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])
         metrics = derived_metrics(metrics, c.beta, at.npo)
-        if step == 0 and at.npo:
-            tell_drop(at, metrics)
-        more = f" · drop {metrics['noise/drop']:.2f}" if at.npo else ""
-        run.write(step, metrics, lr=factor * c.lr, grad_norm=norm, more=more)
+        tell_drop(at, step, metrics)
+        run.write(step, metrics, lr=factor * c.lr, grad_norm=norm, more=drop_note(metrics))
     job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path)
 
 
@@ -717,8 +714,17 @@ def derived_metrics(metrics: dict[str, float], beta: float, noise: bool) -> dict
     return metrics
 
 
-def tell_drop(at: Iteration, metrics: dict[str, float]):
-    """Says how large the noise is in an iteration's first step, and whether that is too little."""
+def drop_note(metrics: dict[str, float]) -> str:
+    """The end of a step's line on the console."""
+    if "noise/drop" not in metrics:
+        return ""
+    return f" · drop {metrics['noise/drop']:.2f}"
+
+
+def tell_drop(at: Iteration, step: int, metrics: dict[str, float]):
+    """Says in an iteration's first step how large the noise is, and whether that is too little."""
+    if step > 0 or not at.npo or not job.on_rank_0():
+        return
     in_margin = metrics["noise/drop_margin"]
     line = (
         f"{at.name}: the noise lowers log p_noise(y-) by {metrics['noise/drop']:.3f} nats an "
@@ -726,8 +732,7 @@ def tell_drop(at: Iteration, metrics: dict[str, float]):
     )
     if in_margin < TOO_SMALL:
         line += ": warning: the noise is too small to act (raise --noise_init)"
-    if job.on_rank_0():
-        print(line, flush=True)
+    print(line, flush=True)
 
 
 # ------------------------------------------------------------------------- input, measurements

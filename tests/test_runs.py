@@ -865,7 +865,7 @@ def test_only_readable_scores_that_are_equal_are_a_tie():
 def test_a_noise_too_small_to_act_is_warned_about(capsys, beta, line):
     """It is where beta times the drop is below 0.05."""
     at = dnpo.Iteration(2, dsl=True, npo=True, folder=Path("iter2"))
-    dnpo.tell_drop(at, {"noise/drop": 0.25, "noise/drop_margin": beta * 0.25})
+    dnpo.tell_drop(at, 0, {"noise/drop": 0.25, "noise/drop_margin": beta * 0.25})
     assert capsys.readouterr().out == f"iter 2: the noise lowers log p_noise(y-) {line}\n"
 
 
