@@ -578,8 +578,9 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
     # the two models, and their optimizers
     device = start.device
     policy = shard(Scorer, start.path, c, device)
-    init, seed = c.noise_init if at.npo else None, job.seed_of(c.seed, "noise init", at.number)
-    wrap = functools.partial(NoisyReference, init=init, seed=seed)
+    init = c.noise_init if at.npo else None
+    init_seed = job.seed_of(c.seed, "noise init", at.number)
+    wrap = functools.partial(NoisyReference, init=init, seed=init_seed)
     reference = shard(wrap, start.path, c, device, c.offload_reference)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
     parts = {"policy": (policy, optimizer)}  # what a training state holds
@@ -602,15 +603,14 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
     for step in run:  # goes on after a kill; ends on SIGTERM, and in reduce() on NaN
         factor = lr_factor(step, len(steps), c.warmup)
         for update in updates:
-            # the update is part of the seed: each draws new noise; the last one's sums are logged
-            seed = (c.seed, "noise", at.number, step, update)
+            seed = (c.seed, "noise", at.number, step, update)  # every update draws new noise
             sums = descend(c, update, policy, reference, pairs, steps[step], seed, device)
             if update != "noise":
                 norm = take_step(optimizer, factor * c.lr, c.clip)
             if update != "model":
                 take_step(noise_optimizer, factor * c.noise_lr, c.clip)
 
-        metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])
+        metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])  # of the last update
         metrics = derived_metrics(metrics, c.beta, at.npo)
         tell_drop(at, step, metrics)
         run.write(step, metrics, lr=factor * c.lr, grad_norm=norm, more=drop_note(metrics))
@@ -644,7 +644,8 @@ def descend(
                 logps = common.by_pair(policy(ids, mask))  # [B, 2]
             with autocast(c, device, policy), torch.set_grad_enabled(update != "model"):
                 noisy_logps, drop, square = reference(ids, mask, seeds)  # [2B], [B], [B]
-            noisy_ref_logps = ref_logps = common.by_pair(noisy_logps)  # [B, 2]
+            noisy_ref_logps = common.by_pair(noisy_logps)  # [B, 2]
+            ref_logps = noisy_ref_logps
             if update == "offset":
                 ref_logps = offset_ref_logps(noisy_ref_logps, drop, mean_drop)  # [B, 2]
 
