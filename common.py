@@ -521,7 +521,7 @@ def held_out(
         list(range(len(rows))),
         work,
         sampling.batch,
-        settings=[judge and judge.spec, model.path],
+        settings=[judge and judge.key, model.path],
         note=f"{note}judge",
     )
     cut = [row["meta"]["finish"] == "length" for row in tested]
@@ -563,10 +563,11 @@ def mean_or_none(values: list) -> float | None:
 # ------------------------------------------------------------------------- judges
 
 SCORE_PROMPT = """\
-Rate how well the response answers the instruction: is it correct, complete, clear and helpful? \
-Length and style alone earn nothing.
-Answer with a whole number from 1 (useless) to 10 (could not be better), \
-exactly in the form: Rating: [[n]]
+Rate how well the response answers the instruction. Look at four things: its relevance to what \
+was asked, its clarity, its completeness, and its correctness. Length and style alone earn nothing.
+The scale is the whole numbers from 1 (useless) to 100 (could not be better), in steps of one. \
+Avoid multiples of five: they are too coarse to tell two similar responses apart.
+Answer with the number alone, exactly in the form: Rating: [[n]]
 
 [Instruction]
 {prompt}
@@ -591,7 +592,7 @@ RATING, VERDICT = "Rating: [[", "Verdict: [["  # how an answer in the demanded f
 
 
 def read_score(text: str) -> float | None:
-    """The last [[n]] of a judge's answer if 1 <= n <= 10, else None.
+    """The last [[n]] of a judge's answer if 1 <= n <= 100, else None.
 
     There is no default: what can't be read is not a score.
     """
@@ -599,7 +600,7 @@ def read_score(text: str) -> float | None:
     if not found:
         return None
     score = float(found[-1])
-    return score if 1 <= score <= 10 else None
+    return score if 1 <= score <= 100 else None
 
 
 def read_verdict(text: str) -> str | None:
@@ -621,19 +622,20 @@ class Judge:
     """Scores and compares answers; what could be read of its own answers is kept in a cache.
 
     score(items) takes (prompt, response) each, compare(items) takes (prompt, a, b) each; a prompt
-    is a list of messages. Scores of text judges are 1..10, a reward model's are its own. `cache` is
-    a folder.
+    is a list of messages. Scores of text judges are 1..100, the toy world's 0..10, a reward model's
+    are its own. `cache` is a folder.
 
     Subclasses give ask(kind, items, again), which returns one value or None for each item; kind is
     "score" or "compare", and `again` says that these items could not be read before.
     """
 
-    full: float | None = 10.0  # full marks, None where the scale has no end
+    full: float | None = None  # full marks, None where the scale has no end
     orders = True  # ask compare() in both orders
     fault: str | None = None  # why no more questions can be asked
 
     def __init__(self, spec: str, cache: Path | None):
         self.spec = spec
+        self.key = spec  # what its answers depend on, beside the question
         self.asked = self.unreadable = 0
         self.known = {}
         self.file = None
@@ -665,7 +667,7 @@ class Judge:
         What could not be read is asked once more. If that fails too it is None, in this call. The
         run ends when more than 20 % of at least 20 judgements could not be read.
         """
-        keys = [f"{job.seed_of(self.spec, kind, item):016x}" for item in items]
+        keys = [f"{job.seed_of(self.key, kind, item):016x}" for item in items]
         self.asked += len(set(keys) - self.known.keys())
         for again in (False, True):
             todo = {key: item for key, item in zip(keys, items) if key not in self.known}
@@ -732,7 +734,9 @@ class NumberJudge(Judge):
 
 
 class ExactJudge(NumberJudge):
-    """A toy world's judge: a function of the prompt's last message and the answer."""
+    """A toy world's judge: a function of the prompt's last message and the answer, 0..10."""
+
+    full = 10.0
 
     def __init__(self, spec: str, exact: Callable[[str, str], float]):
         super().__init__(spec, None)  # exact and instant: nothing to cache
@@ -747,8 +751,6 @@ class RewardJudge(NumberJudge):
 
     It reads one text at a time, so that padding can't matter.
     """
-
-    full = None
 
     def __init__(self, spec: str, cache: Path | None, device, dtype: torch.dtype):
         super().__init__(spec, cache)
@@ -783,6 +785,12 @@ class TextJudge(Judge):
     `opening` is how an answer in the demanded form begins.
     """
 
+    full = 100.0
+
+    def __init__(self, spec: str, cache: Path | None):
+        super().__init__(spec, cache)
+        self.key = [spec, SCORE_PROMPT, COMPARE_PROMPT]  # in other words it is another judge
+
     def ask(self, kind, items, again):
         if kind == "score":
             questions = [
@@ -804,7 +812,7 @@ class LocalJudge(TextJudge):
     """
 
     batch = 16  # questions at a time
-    max_new_tokens = 4  # enough for "10]]" and "tie]]"
+    max_new_tokens = 5  # enough for "100]]" and "tie]]"
 
     def __init__(self, spec: str, cache: Path | None, device, dtype: torch.dtype):
         super().__init__(spec, cache)
@@ -819,7 +827,7 @@ class LocalJudge(TextJudge):
         """The tokens that may follow the opening."""
         words = ["A", "B", "tie"]
         if opening == RATING:
-            words = range(1, 11)
+            words = range(1, 101)
         begun = len(self.encode(opening))
         tokens = set()
         for word in words:

@@ -15,38 +15,39 @@ pi_{k-1}, which is also the reference:
            min over theta, max over (W, b)  of  E l(m),   with sigma^2 small              (Obj. 10)
 
 and the result is pi_k. Here h_j and z_j are the reference's last hidden state and logits at token j
-of y-: the noise is on the reference, and on the negative answer only. SPIN is the same without
-judge (y+ = y*) and without noise. In the code y+ is `chosen` and y- is `rejected`.
+of y-. SPIN is the same without judge (y+ = y*) and without noise. In the code y+ is `chosen`, y-
+`rejected`; B are pairs of a micro-batch, N response tokens, T length, V vocabulary, D width.
 
-Why noise: once the policy is sure of y+ over y-, the factor sigmoid(-m) on its gradient is near 0
-and training stalls. logsumexp is convex, so noise on logits lowers E log softmax(z + sigma eps)[y]:
-log p_noise(y-) falls, m falls, the gradient returns. Inference never sees the noise.
+What the noise is: logsumexp is convex, so noise on logits lowers E log softmax(z + sigma eps)[y],
+by about sigma^2/2 (1 - sum p^2) a token. log p_noise(y-) falls, m falls, and sigmoid(-m), a pair's
+weight in the gradient on theta, rises again where the policy was sure of y+ over y-. A factor that
+all gradients have in common changes nothing, though: Adam and clipping don't see it. So the noise
+acts in two ways: the pairs' weights become more even (`weights/spread` is their std / mean), and m
+is random. `noise/drop` is the fall in nats an answer; if beta times it is below 0.05 there is no
+noise to speak of. The control is `--noise_update offset`: sigma is trained as in `joint`, but the
+model sees log pi_{k-1}(y-) less the mean fall over the step's pairs, one number in nats an answer.
+If its curve and that of `joint` coincide, NPO is an adaptive margin. Adam moves sigma by up to
+noise_lr |h|_1 a step: much, in a wide model. Answers are always sampled without the noise.
 
 Differs from the paper, or is not specified by it (ours unless said):
 
  1. The constraint sigma^2 < epsilon is a penalty alpha mean(sigma^2), the mean being over the
     negatives' tokens and the vocabulary.
- 2. Obj. 10 writes its second term with a prime that is not explained. We read it as a
-    stop-gradient: L = l(m, sigma detached) - l(m, theta detached) + alpha mean(sigma^2), since
-    otherwise the two terms would cancel. `--noise_update alternating` follows the paper's Fig. 3
-    instead: a noise step, then a model step for which the noise is drawn again.
- 3. W = 0 and b = `noise_init` at the start of every iteration. Alpha, the initial value and the
-    noise's learning rate are not published. At 0.1 a token's log p_noise falls by at most
-    sigma^2 / 2 = 0.005 nats; times beta that is almost no noise.
- 4. Iteration k starts from pi_{k-1} with a fresh optimizer and learning-rate curve. The authors'
-    code restarts from the base model. The paper counts from 0: its iteration 0 is our 1, plain
-    SPIN.
- 5. The judge's rubric (common.py) is ours. The paper's judge is GPT-4o-mini (`--judge
-    api:gpt-4o-mini`), the default here is an open reward model.
- 6. Ties keep the annotation on top, as in DSL above; `--ties drop` leaves them out. Identical
-    answers are always left out.
- 7. The noise of an answer comes from a seed of its own, so that micro-batches, chunks and ranks
-    change nothing.
- 8. With `--mix_previous` the first DNPO iteration also trains on the warm-up's pairs, as SPIN has
-    labelled them.
+ 2. Obj. 10 writes its second term with a prime that is not explained. We read it as a stop-gradient
+    (else the terms cancel): L = l(m, sigma detached) - l(m, theta detached) + alpha mean(sigma^2).
+    `--noise_update alternating` is the paper's Fig. 3: a noise step, then a model step, noise anew.
+ 3. Sigma's start, alpha and the noise's lr are not published; sigma starts afresh each iteration.
+    `--noise_init 0.1` (W = 0, b = 0.1) is off in all but name: 0.2 nats an answer on a 135M model
+    with answers of 55 tokens, where `linear`, nn.Linear's own start, has 36 (RESULTS.md: sweep).
+ 4. Iteration k starts from pi_{k-1} with a fresh optimizer and learning-rate curve; the authors'
+    code, from the base model. The paper's iteration 0 is our 1, plain SPIN.
+ 5. The judge's rubric (common.py) is in our words, by the criteria and the scale of one in the
+    authors' repository; the paper's own is not published. The paper's judge is GPT-4o-mini
+    (`--judge api:gpt-4o-mini`), the default here is an open reward model.
+ 6. Ties keep y* on top; `--ties drop` leaves them out. Identical answers are always left out.
+ 7. Every answer's noise has a seed of its own: micro-batches, chunks and ranks change nothing.
+ 8. With `--mix_previous` the first DNPO iteration trains on the warm-up's SPIN pairs too.
  9. The noise has an AdamW of its own, with the policy's clipping and learning-rate curve.
-
-Shapes: B pairs of a micro-batch, N response tokens, T length, V vocabulary, D width.
 
     python dnpo.py                                     # laptop: the toy world, minutes
     python dnpo.py --preset paper --limit 2000         # one GPU, a tenth of the paper's data
@@ -134,20 +135,34 @@ def noise_losses(logps: Tensor, noisy_ref_logps: Tensor, beta: float) -> Tensor:
     return -preference_losses(chosen - rejected)
 
 
+def offset_ref_logps(noisy_ref_logps: Tensor, drop: Tensor, mean_drop: float) -> Tensor:
+    """The control: the noise of y- replaced by its mean fall. [B, 2], [B] -> [B, 2].
+
+    drop is log pi_{k-1}(y-) - log p_noise(y-) of each pair, mean_drop its mean over the step's.
+    Every margin falls by beta mean_drop, the same for all pairs.
+    """
+    chosen, noisy = noisy_ref_logps.detach().unbind(1)
+    return torch.stack([chosen, noisy + drop - mean_drop], 1)
+
+
 # ------------------------------------------------------------------------- the noise
 
 
 class NoiseHead(nn.Linear):
     """sigma = W h + b: a standard deviation for each response position and vocabulary entry.
 
-    h: [N, D] -> [N, V]. At the start W = 0 and b = init. sigma may become negative: eps is
-    symmetric, so that only its size matters.
+    h: [N, D] -> [N, V]. At the start W = 0 and b is the number `init`, or, with init "linear", both
+    are as in any new nn.Linear. A sigma may be negative: eps is symmetric, so that sigma * eps and
+    |sigma| * eps have the same distribution, and only the size of sigma matters.
     """
 
-    def __init__(self, width: int, vocabulary: int, init: float):
-        super().__init__(width, vocabulary)
-        nn.init.zeros_(self.weight)
-        nn.init.constant_(self.bias, init)
+    def __init__(self, width: int, vocabulary: int, init: str, seed: int):
+        with torch.random.fork_rng(devices=[]):  # nobody else's random numbers change
+            torch.manual_seed(seed)
+            super().__init__(width, vocabulary)
+        if init != "linear":
+            nn.init.zeros_(self.weight)
+            nn.init.constant_(self.bias, float(init))
 
 
 def draw(seeds: list[int], vocabulary: int, device) -> Tensor:
@@ -166,22 +181,23 @@ def draw(seeds: list[int], vocabulary: int, device) -> Tensor:
 class NoisyReference(Scorer):
     """The frozen reference, with a trainable NoiseHead on the logits of rejected answers.
 
-    With init None there is no noise anywhere: this is SPIN's reference.
+    With init None there is no noise anywhere: this is SPIN's reference. The seed is NoiseHead's.
     """
 
-    def __init__(self, lm, init: float | None):
+    def __init__(self, lm, init: str | None, seed: int = 0):
         super().__init__(lm.requires_grad_(False).eval())
         self.noise = None
         if init is not None:
             width, vocabulary = lm.config.hidden_size, lm.get_output_embeddings().out_features
             with lm.device:  # "meta" if it will be sharded
-                self.noise = NoiseHead(width, vocabulary, init)
+                self.noise = NoiseHead(width, vocabulary, init, seed)
 
     def forward(self, ids: Tensor, mask: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of B pairs, those of the rejected answers with noise.
 
         ids, mask: [2B, T], chosen first; one seed per rejected answer. Returns log-probs [2B], and
-        for each rejected answer the sums over its tokens of mean_v(sigma) and mean_v(sigma^2): [B].
+        for each rejected answer how far the noise has lowered its log-prob, in nats, and the sum
+        over its tokens of mean_v(sigma^2): [B], [B].
         """
         B = len(ids) // 2
         if self.noise is None:
@@ -199,7 +215,7 @@ class NoisyReference(Scorer):
         token_seeds = []
         for seed, length in zip(seeds, lengths):
             token_seeds.extend(range(seed, seed + length))
-        noisy_logps, sigma, square = self.noisy_head(
+        noisy_logps, drop, square = self.noisy_head(
             states[rejected], targets[rejected], token_seeds
         )
 
@@ -207,7 +223,7 @@ class NoisyReference(Scorer):
         chosen = common.sum_by_row(chosen_logps, row[~rejected], B)
         noisy = common.sum_by_row(noisy_logps, pair, B)
         logps = torch.cat([chosen, noisy])
-        return logps, common.sum_by_row(sigma, pair, B), common.sum_by_row(square, pair, B)
+        return logps, common.sum_by_row(drop, pair, B), common.sum_by_row(square, pair, B)
 
     def noisy_head(
         self, states: Tensor, targets: Tensor, seeds: list[int]
@@ -217,27 +233,28 @@ class NoisyReference(Scorer):
         Never more than CHUNK x V noisy logits are alive. The backward pass computes them again, and
         the seeds make it draw the same noise.
         """
-        logps, sigmas, squares = [], [], []
+        logps, drops, squares = [], [], []
         for start in range(0, len(states), common.CHUNK):
             end = start + common.CHUNK
             chunk = states[start:end], targets[start:end], seeds[start:end]
-            logp, sigma, square = checkpoint(
+            logp, drop, square = checkpoint(
                 self.noisy_chunk, *chunk, use_reentrant=False, preserve_rng_state=False
             )
             logps.append(logp)
-            sigmas.append(sigma)
+            drops.append(drop)
             squares.append(square)
-        return torch.cat(logps), torch.cat(sigmas), torch.cat(squares)
+        return torch.cat(logps), torch.cat(drops), torch.cat(squares)
 
     def noisy_chunk(
         self, states: Tensor, targets: Tensor, seeds: list[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """log p_noise of n tokens, and their mean_v(sigma) and mean_v(sigma^2): [n] each."""
+        """log p_noise of n tokens, how far it lies below log pi, and mean_v(sigma^2): [n] each."""
+        logits = self.lm.lm_head(states)  # [n, V]
         std = self.noise(states)  # sigma [n, V]
         eps = draw(seeds, std.shape[1], states.device)  # [n, V]
-        logps = noisy_token_logps(self.lm.lm_head(states), std, eps, targets)  # [n]
-        std = std.float()
-        return logps, std.mean(1), std.square().mean(1)
+        logps = noisy_token_logps(logits, std, eps, targets)  # [n]
+        drop = common.token_logps(logits, targets) - logps.detach()  # [n]
+        return logps, drop, std.float().square().mean(1)
 
 
 # ------------------------------------------------------------------------- configuration
@@ -254,10 +271,14 @@ class Config:
     labels: Literal["judge", "annotation"] = "judge"
     # equal scores: keep the annotation as the positive, or drop the pair
     ties: Literal["keep", "drop"] = "keep"
+    # share of the judge's labels that are flipped, to see what a judge that errs does
+    judge_noise: float = 0.0
     noise: bool = True  # trainable noise on the reference (NPO)
-    # one pass for model and noise, or a noise step before every model step
-    noise_update: Literal["joint", "alternating"] = "joint"
-    noise_init: float = 0.1  # standard deviation of the noise at the start of an iteration
+    # one pass for model and noise; a noise step before every model step; or the control: as joint,
+    # but the model sees the noise's mean fall instead of the noise
+    noise_update: Literal["joint", "alternating", "offset"] = "joint"
+    # sigma at the start of an iteration: a number, or linear for nn.Linear's default weights
+    noise_init: str = "0.1"
     noise_penalty: float = 0.1  # alpha, weight of mean(sigma^2)
     noise_lr: float = 1e-4  # learning rate of W and b
     beta: float = 0.1  # the papers' lambda
@@ -314,7 +335,7 @@ class Config:
         job.check_positive(self, "beta", "lr", "noise_lr", "batch", "micro_batch", "sample_batch")
         job.check_positive(self, "save_every", "max_prompt", "max_response", "test_prompts")
         job.check_positive(self, "epochs", "clip")
-        job.check_not_negative(self, "iterations", "warmup_iterations", "noise_init")
+        job.check_not_negative(self, "iterations", "warmup_iterations")
         job.check_not_negative(self, "noise_penalty", "temperature", "warmup")
         job.check_positive(self, "limit", "max_steps")
         job.check_offload(self)
@@ -322,6 +343,23 @@ class Config:
             raise ValueError(
                 "--labels judge needs a judge; with --judge none use --labels annotation"
             )
+        check_noise_init(self.noise_init)
+        if not 0 <= self.judge_noise <= 1:
+            raise ValueError(f"--judge_noise must be between 0 and 1, not {self.judge_noise}")
+        if self.judge_noise and self.labels != "judge":
+            raise ValueError("--judge_noise flips the judge's labels: it needs --labels judge")
+
+
+def check_noise_init(init: str):
+    """ValueError for what is neither "linear" nor a number from 0 on."""
+    if init == "linear":
+        return
+    try:
+        std = float(init)
+    except ValueError:
+        std = -1.0
+    if not 0 <= std < math.inf:
+        raise ValueError(f"--noise_init must be linear or a number from 0 on, not {init}")
 
 
 TOY = {
@@ -429,8 +467,12 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
 
     An answer that was cut, by sampling (meta.*_ended) or later by --max_response, gets no
     end-of-sequence token, neither in the training nor in the logged log-probs: see
-    common.response_ids.
+    common.response_ids. --judge_noise flips a seeded share of the judge's labels.
     """
+    flipped = set()
+    if at.dsl:
+        rng = random.Random(job.seed_of(c.seed, "judge noise", at.number))
+        flipped.update(rng.sample(range(len(rows)), round(c.judge_noise * len(rows))))
 
     def work(items, number):
         annotated_scores = generated_scores = [None] * len(items)
@@ -442,7 +484,7 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
             ended = answers[i]["meta"]["finish"] == "stop"
             annotated = Answer(rows[i]["response"], True, annotated_score)
             generated = Answer(answers[i]["response"], ended, generated_score)
-            pairs.append(preference_row(c, at, rows[i], annotated, generated))
+            pairs.append(preference_row(c, at, rows[i], annotated, generated, i in flipped))
         return pairs
 
     # all ranks label; a finished pairs.jsonl is only read: delete it after an edit of the labels
@@ -451,7 +493,14 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
         list(range(len(rows))),
         work,
         c.sample_batch,
-        settings=[at.number, c.ties, at.dsl, c.judge, [row["response"] for row in answers]],
+        settings=[
+            at.number,
+            c.ties,
+            at.dsl,
+            c.judge,
+            sorted(flipped),
+            [row["response"] for row in answers],
+        ],
         note=f"{at.name}: label",
     )
     if judge:
@@ -459,8 +508,10 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
     return pairs
 
 
-def preference_row(c, at: Iteration, row: dict, annotated: Answer, generated: Answer) -> dict:
-    """The preference row of two answers to the prompt of `row`.
+def preference_row(
+    c, at: Iteration, row: dict, annotated: Answer, generated: Answer, flipped: bool = False
+) -> dict:
+    """The preference row of two answers to the prompt of `row`, its label flipped if so asked.
 
     meta.why says why the pair is not trained on: "unreadable" for a judgement that could not be
     read, or "tie" with --ties drop.
@@ -474,6 +525,8 @@ def preference_row(c, at: Iteration, row: dict, annotated: Answer, generated: An
             why = "tie"
         elif dynamic_labels(annotated.score, generated.score) == "generated":
             chosen, rejected = generated, annotated
+    if flipped:
+        chosen, rejected = rejected, chosen
     return {
         "id": row["id"],
         "prompt": row["prompt"],
@@ -482,6 +535,7 @@ def preference_row(c, at: Iteration, row: dict, annotated: Answer, generated: An
         "meta": {
             "iteration": at.number,
             "swapped": chosen is generated,
+            "flipped": flipped,
             "why": why,
             "score_annotated": annotated.score,
             "score_generated": generated.score,
@@ -512,17 +566,21 @@ def encode(
 
 # ------------------------------------------------------------------------- training
 
+# A smaller fall of the margins changes the weights sigmoid(-m) by 0.0125 at most.
+TOO_SMALL = 0.05
+
 
 def train(c, at: Iteration, pairs: list[Pair], start: Model):
     """Trains pi_k from pi_{k-1} on one iteration's pairs.
 
-    The result goes to the iteration's folder as checkpoint/, training states as state.pt, lines of
-    metrics to metrics.jsonl beside the folder.
+    It becomes checkpoint/ in the iteration's folder; metrics go to metrics.jsonl beside the folder.
     """
     # the two models, and their optimizers
     device = start.device
     policy = shard(Scorer, start.path, c, device)
-    wrap = functools.partial(NoisyReference, init=c.noise_init if at.npo else None)
+    init = c.noise_init if at.npo else None
+    init_seed = job.seed_of(c.seed, "noise init", at.number)
+    wrap = functools.partial(NoisyReference, init=init, seed=init_seed)
     reference = shard(wrap, start.path, c, device, c.offload_reference)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
     parts = {"policy": (policy, optimizer)}  # what a training state holds
@@ -531,7 +589,7 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
         noise_weights = [p for p in reference.parameters() if p.requires_grad]
         noise_optimizer = torch.optim.AdamW(noise_weights, lr=c.noise_lr, weight_decay=0.0)
         parts["noise"] = (reference, noise_optimizer)
-        updates = ["joint"] if c.noise_update == "joint" else ["noise", "model"]
+        updates = ["noise", "model"] if c.noise_update == "alternating" else [c.noise_update]
 
     # the steps, and what is around them
     sizes = [pair.tokens for pair in pairs] if c.sort_by_length else None
@@ -545,17 +603,17 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
     for step in run:  # goes on after a kill; ends on SIGTERM, and in reduce() on NaN
         factor = lr_factor(step, len(steps), c.warmup)
         for update in updates:
-            # the update is part of the seed: each draws new noise; the last one's sums are logged
-            seed = (c.seed, "noise", at.number, step, update)
+            seed = (c.seed, "noise", at.number, step, update)  # every update draws new noise
             sums = descend(c, update, policy, reference, pairs, steps[step], seed, device)
-            if update in ("model", "joint"):
+            if update != "noise":
                 norm = take_step(optimizer, factor * c.lr, c.clip)
-            if update in ("noise", "joint"):
+            if update != "model":
                 take_step(noise_optimizer, factor * c.noise_lr, c.clip)
 
-        metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])
-        metrics = noise_metrics(metrics, at.npo)
-        run.write(step, metrics, lr=factor * c.lr, grad_norm=norm)
+        metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])  # of the last update
+        metrics = derived_metrics(metrics, c.beta, at.npo)
+        tell_drop(at, step, metrics)
+        run.write(step, metrics, lr=factor * c.lr, grad_norm=norm, more=drop_note(metrics))
     job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path)
 
 
@@ -571,54 +629,111 @@ def descend(
 ) -> dict[str, Tensor]:
     """Adds the gradient of one update for the pairs `indices`, which all ranks share.
 
-    update: "joint", "noise" or "model". seed: with a pair's index, it seeds the pair's noise.
-    Returns this rank's part of the pairs' mean metrics.
+    update: "joint", "offset", "noise" or "model". seed: with a pair's index, it seeds the pair's
+    noise. Returns this rank's part of the pairs' mean metrics.
     """
     n = len(indices)  # of the whole step: every rank knows all rows
     n_tokens = sum(len(pairs[i].rejected) for i in indices)
+    micros = list(collated(c, pairs, indices, seed, device))
+    if update == "offset":
+        mean_drop = measure_drop(c, reference, micros, n)
     sums = {}
-    micros = micro_batches(indices, c)
-    for j, (some, weights) in enumerate(micros):
-        ids, mask = common.collate_pairs([pairs[i] for i in some], device)  # [2B, T]
-        weight = torch.tensor(weights, device=device)  # [B]
-        seeds = [job.seed_of(*seed, i) for i in some]
-
+    for j, (ids, mask, weight, seeds) in enumerate(micros):
         with no_sync(policy, reference, last=j + 1 == len(micros)):
             with autocast(c, device, policy), torch.set_grad_enabled(update != "noise"):
                 logps = common.by_pair(policy(ids, mask))  # [B, 2]
             with autocast(c, device, policy), torch.set_grad_enabled(update != "model"):
-                noisy_logps, sigma, square = reference(ids, mask, seeds)  # [2B], [B], [B]
+                noisy_logps, drop, square = reference(ids, mask, seeds)  # [2B], [B], [B]
             noisy_ref_logps = common.by_pair(noisy_logps)  # [B, 2]
+            ref_logps = noisy_ref_logps
+            if update == "offset":
+                ref_logps = offset_ref_logps(noisy_ref_logps, drop, mean_drop)  # [B, 2]
 
-            model_loss = model_losses(logps, noisy_ref_logps, c.beta)  # [B]
+            model_loss = model_losses(logps, ref_logps, c.beta)  # [B]
             noise_loss = noise_losses(logps, noisy_ref_logps, c.beta)  # [B]
-            if update == "joint":
+            if update == "model":
+                losses = model_loss
+            elif update == "noise":
+                losses = noise_loss
+            else:
                 # the values cancel; the gradients do not: one goes to theta, the other to W and b
                 losses = model_loss + noise_loss
-            else:
-                losses = model_loss if update == "model" else noise_loss
             loss = (weight * losses).sum() / n
             if update != "model":
                 loss = loss + c.noise_penalty * (weight * square).sum() / n_tokens
             (loss * job.world_size()).backward()  # summed over ranks: DDP and FSDP average
 
-        chosen, rejected = implicit_rewards(logps, noisy_ref_logps, c.beta)
+        chosen, rejected = implicit_rewards(logps, ref_logps, c.beta)
         values = common.preference_metrics(model_loss, chosen, rejected, logps)
-        # add_weighted divides by n; these are means over tokens, hence n / n_tokens
-        values["noise/std"] = sigma * n / n_tokens
+        # a pair's weight in the gradient on theta; in float64, as its variance is a difference
+        pull = torch.sigmoid((rejected - chosen).double())
+        values["weights/mean"] = pull
+        values["weights/square"] = pull.square()
+        values["noise/drop"] = drop
+        # add_weighted divides by n; this is a mean over tokens, hence n / n_tokens
         values["noise/square"] = square * n / n_tokens
-        values["noise/loss"] = noise_loss + c.noise_penalty * square * n / n_tokens
+        values["noise/loss"] = noise_loss + c.noise_penalty * values["noise/square"]
         common.add_weighted(sums, values, weight, n)
     return sums
 
 
-def noise_metrics(metrics: dict[str, float], noise: bool) -> dict[str, float]:
-    """A step's metrics with the spread of sigma around its mean, or without all of the noise's."""
+def collated(c, pairs: list[Pair], indices: list[int], seed: tuple, device):
+    """Yields this rank's micro-batches of a step: ids and mask [2B, T], weights [B], B seeds."""
+    for some, weights in micro_batches(indices, c):
+        ids, mask = common.collate_pairs([pairs[i] for i in some], device)
+        seeds = [job.seed_of(*seed, i) for i in some]
+        yield ids, mask, torch.tensor(weights, device=device), seeds
+
+
+def measure_drop(c, reference: nn.Module, micros: list[tuple], n: int) -> float:
+    """The mean fall of log p_noise(y-) over all n pairs of a step, on all ranks, in nats.
+
+    A pass of the reference of its own, with the noise that descend draws again from the seeds.
+    """
+    drops = {}
+    for ids, mask, weight, seeds in micros:
+        with torch.no_grad(), autocast(c, ids.device, reference):
+            _, drop, _ = reference(ids, mask, seeds)
+        common.add_weighted(drops, {"drop": drop}, weight, n)
+    return job.sum_ranks(drops)["drop"]
+
+
+def derived_metrics(metrics: dict[str, float], beta: float, noise: bool) -> dict[str, float]:
+    """A step's metrics, with roots and ratios in the place of mean squares.
+
+    weights/spread is the standard deviation of sigmoid(-m) over the step's pairs, divided by its
+    mean: 0 if all pairs weigh the same. Without noise nothing is said of it.
+    """
+    metrics = dict(metrics)
+    mean = metrics["weights/mean"]
+    variance = max(0.0, metrics.pop("weights/square") - mean**2)
+    metrics["weights/spread"] = variance**0.5 / max(mean, 1e-30)
     if not noise:
         return {name: value for name, value in metrics.items() if not name.startswith("noise")}
-    square = metrics.pop("noise/square")
-    spread = max(0.0, square - metrics["noise/std"] ** 2) ** 0.5
-    return {**metrics, "noise/spread": spread}
+    metrics["noise/std"] = metrics.pop("noise/square") ** 0.5
+    metrics["noise/drop_margin"] = beta * metrics["noise/drop"]
+    return metrics
+
+
+def drop_note(metrics: dict[str, float]) -> str:
+    """The end of a step's line on the console."""
+    if "noise/drop" not in metrics:
+        return ""
+    return f" · drop {metrics['noise/drop']:.2f}"
+
+
+def tell_drop(at: Iteration, step: int, metrics: dict[str, float]):
+    """Says in an iteration's first step how large the noise is, and whether that is too little."""
+    if step > 0 or not at.npo or not job.on_rank_0():
+        return
+    in_margin = metrics["noise/drop_margin"]
+    line = (
+        f"{at.name}: the noise lowers log p_noise(y-) by {metrics['noise/drop']:.3f} nats an "
+        f"answer, and the margin by {in_margin:.3f}"
+    )
+    if in_margin < TOO_SMALL:
+        line += ": warning: the noise is too small to act (raise --noise_init)"
+    print(line, flush=True)
 
 
 # ------------------------------------------------------------------------- input, measurements
@@ -724,14 +839,23 @@ def training_summary(
 ) -> dict:
     """What results.json says of an iteration's labels and of its training."""
     steps = [m for m in job.read_jsonl(out / "metrics.jsonl") if m["iteration"] == at.number]
+    ties = [is_tie(row["meta"]) for row in pairs]
     return {
         "swapped": sum(row["meta"]["swapped"] for row in pairs) / len(pairs),
+        "ties": sum(ties) / len(pairs) if at.dsl else None,
         "pairs": len(encoded),
         "left_out": dict(left_out),
         "noise_std": steps[-1]["noise/std"] if at.npo else None,
+        "noise_drop": steps[-1]["noise/drop"] if at.npo else None,
         "grad_norm": sum(m["grad_norm"] for m in steps) / len(steps),
         "steps": len(steps),
     }
+
+
+def is_tie(meta: dict) -> bool:
+    """Whether the judge has given both answers of a preference row the same score."""
+    score = meta["score_annotated"]
+    return score is not None and score == meta["score_generated"]
 
 
 def show_plan(c, tok, rows: list[dict], test_rows: list[dict], dropped: Counter, device):
@@ -767,7 +891,7 @@ def report(out: Path, results: list[dict], model: str, started: float):
     names = [f"iteration {i}" for i in range(len(folders))]
     job.write_samples(out, "iteration", dict(zip(names, folders)))
 
-    columns = "iteration update score full_marks win tie loss swapped noise_std"
+    columns = "iteration update score full_marks win tie loss swapped ties noise_std noise_drop"
     columns += " logp_positive logp_negative logp_new grad_norm"
     print(job.table(results, columns.split()))
     first = job.read_jsonl(folders[0] / "test.jsonl")[:3]

@@ -3,7 +3,7 @@
     python evaluate.py MODEL --pairs FILE --reference DIR
         preference accuracy, implicit rewards, margin
     python evaluate.py MODEL --against MODEL2 --data FILE --judge J
-        win/tie/loss; annotations in MODEL2's place: the data's own answers; --score: 1-10 too
+        win/tie/loss; annotations in MODEL2's place: the data's own answers; --score: scores too
     python evaluate.py MODEL --benchmarks gsm8k,arc_challenge
         lm-evaluation-harness, with the DNPO authors' shot counts
     python evaluate.py MODEL --export mt_bench --questions FILE
@@ -540,7 +540,7 @@ def judge_pairs(c: Config, judge, mine: list[dict], others: list[dict]) -> list[
             )
         return found
 
-    file = name_file(c, "verdicts", judge.spec, texts(mine), texts(others))
+    file = name_file(c, "verdicts", judge.key, texts(mine), texts(others))
     return job.phase(file, list(range(len(mine))), work, c.batch, note="judge")
 
 
@@ -551,7 +551,7 @@ def judge_scores(c: Config, judge, answers: list[dict], note: str) -> list[dict]
         scores = score_rows(judge, answers, items)
         return [{"id": answers[i]["id"], "score": score} for i, score in zip(items, scores)]
 
-    file = name_file(c, "scores", judge.spec, texts(answers))
+    file = name_file(c, "scores", judge.key, texts(answers))
     return job.phase(file, list(range(len(answers))), work, c.batch, note=note)
 
 

@@ -160,6 +160,8 @@ def paper_name(run: Run) -> str:
     """What the paper calls a run with these settings."""
     config = run.config
     if run.method == "dnpo":
+        if config["noise"] and config.get("noise_update") == "offset":
+            return "SPIN + DSL + offset" if config["labels"] == "judge" else "SPIN + offset"
         if config["labels"] == "judge":
             return "DNPO" if config["noise"] else "SPIN + DSL"
         return "SPIN + NPO" if config["noise"] else "SPIN"
@@ -284,6 +286,14 @@ def duel(run: Run, other: Run) -> list[tuple[float, float, float]]:
         losses = sum(gap < 0 for gap in gaps)
         shares.append((wins / len(gaps), ties / len(gaps), losses / len(gaps)))
     return shares
+
+
+def iteration_means(run: Run, name: str) -> dict[int, float]:
+    """The mean of a metric over the steps of each iteration that has it."""
+    found = {}
+    for step in steps_with(run, (name,)):
+        found.setdefault(step["iteration"], []).append(step[name])
+    return {iteration: sum(values) / len(values) for iteration, values in found.items()}
 
 
 def steps_with(run: Run, names: tuple[str, ...]) -> list[dict]:
@@ -527,7 +537,7 @@ def turn_names(ax, names: list[str]):
 
 
 def dnpo_figures(kinds: list[Kind]):
-    """DNPO's Figs. 1, 2/10, 5, 7, 8 and 9, as far as the runs have the data."""
+    """DNPO's Figs. 1, 2/10, 5, 7, 8, 9 and what the noise does, if the runs have the data."""
     judged = [kind for kind in kinds if is_judged(kind)]
     if judged:
         yield dnpo_win_rate(judged)
@@ -544,6 +554,7 @@ def dnpo_figures(kinds: list[Kind]):
     noisy = [kind for kind in kinds if has_noise(kind)]
     if noisy:
         yield dnpo_losses(noisy)
+        yield dnpo_noise(kinds)
 
 
 def is_judged(kind: Kind) -> bool:
@@ -711,6 +722,43 @@ def dnpo_losses(noisy: list[Kind]) -> Drawn:
 
     label(figure, axes, "Step", "Loss")
     return Drawn("dnpo-fig9-losses", figure, numbers)
+
+
+# What the noise does to the pairs: metrics of dnpo.py, and what they are called in the figure.
+NOISE = {
+    "noise/drop_margin": "Fall of the margin by the noise",
+    "weights/mean": "Mean weight σ(−m) of a pair",
+    "weights/spread": "Std / mean of the weights",
+}
+
+
+def dnpo_noise(kinds: list[Kind]) -> Drawn:
+    """What the noise does, iteration by iteration: its size, the pairs' weights, and the score."""
+    figure, axes = panels(1 + len(NOISE), 3.2)
+    numbers = []
+    for i, kind in enumerate(kinds):
+        measured = {}
+        for name, quantity in NOISE.items():
+            measured[quantity] = [iteration_means(run, name) for run in kind.runs]
+        measured["Average score"] = []
+        if is_judged(kind):
+            scores = [iteration_values(run, "score") for run in kind.runs]
+            measured["Average score"] = [dict(enumerate(values)) for values in scores]
+
+        for ax, (quantity, found) in zip(axes, measured.items()):
+            ax.set_ylabel(quantity)
+            ax.set_xlabel("Iteration")
+            if not all(found) or not found:
+                continue
+            mean, deviation = band([list(values.values()) for values in found])
+            iterations = list(found[0])[: len(mean)]
+            line(ax, i, kind.name, iterations, mean, deviation)
+            for k, iteration in enumerate(iterations):
+                row = {"runs": kind.name, "iteration": iteration, "quantity": quantity}
+                numbers.append({**row, "mean": mean[k], "std": deviation[k]})
+
+    legend(figure, axes[-1] if axes[-1].lines else axes[1])
+    return Drawn("dnpo-noise", figure, numbers)
 
 
 # ------------------------------------------------------------------------- TSO

@@ -127,11 +127,9 @@ class NoisyToken(NamedTuple):
 
     h: list[float]  # [D]
     sigma: list[float]  # [V]
+    clean_logp: float  # log pi_ref(y_j)
     logp: float  # log p_noise(y_j)
     slope: list[float]  # d log p_noise(y_j) / d sigma_v: [V]
-
-    def mean_sigma(self) -> float:
-        return mean(self.sigma)
 
     def mean_square(self) -> float:
         return mean([sigma**2 for sigma in self.sigma])
@@ -161,16 +159,16 @@ def naive_noisy_answer(
         states, logits = naive_logits(lm, prompt, answer)
     tokens = []
     for j, y in enumerate(answer):
-        h = states[j].tolist()
+        h, z = states[j].tolist(), logits[j].tolist()
         sigma = naive_sigma(W, b, h)
         eps = draw([seed + j], V, "cpu")[0].tolist()
-        noisy = naive_noisy_logits(logits[j].tolist(), sigma, eps)
+        noisy = naive_noisy_logits(z, sigma, eps)
         logps = naive_log_softmax(noisy)
 
         # d log softmax(z^)[y] / d z^_v = 1[v = y] - p_v, and d z^_v / d sigma_v = eps_v
         slope = [-eps[v] * math.exp(logps[v]) for v in range(V)]
         slope[y] += eps[y]
-        tokens.append(NoisyToken(h, sigma, logps[y], slope))
+        tokens.append(NoisyToken(h, sigma, naive_log_softmax(z)[y], logps[y], slope))
     return tokens
 
 
@@ -198,6 +196,10 @@ class NaivePair(NamedTuple):
     def margin(self) -> Tensor:
         return self.chosen_reward - self.rejected_reward
 
+    def drop(self) -> float:
+        """log pi_ref(y-) - log p_noise(y-), in nats."""
+        return sum(token.clean_logp for token in self.tokens) - sum(t.logp for t in self.tokens)
+
     def loss(self) -> Tensor:
         """l(m), differentiable in theta."""
         return -torch.log(1 / (1 + torch.exp(-self.margin())))
@@ -221,6 +223,17 @@ def naive_pair(policy, reference, W, b, pair: Pair, seed: int, beta: float) -> N
     )
 
 
+def naive_offset(pairs: list[NaivePair], beta: float) -> list[NaivePair]:
+    """The pairs without noise, the log-prob of y- lowered by their mean drop instead."""
+    mean_drop = mean([pair.drop() for pair in pairs])
+    offset = []
+    for pair in pairs:
+        clean = sum(token.clean_logp for token in pair.tokens)
+        reward = beta * (pair.rejected_logp - (clean - mean_drop))
+        offset.append(pair._replace(rejected_reward=reward))
+    return offset
+
+
 def naive_noise_gradients(
     pairs: list[NaivePair], beta: float, alpha: float
 ) -> tuple[Tensor, Tensor]:
@@ -240,16 +253,20 @@ def naive_noise_gradients(
     return dW, db
 
 
-def naive_metrics(pairs: list[NaivePair], alpha: float) -> dict[str, float]:
-    """Means over the pairs, and over the tokens of their rejected sides."""
+def naive_metrics(
+    pairs: list[NaivePair], noisy: list[NaivePair], beta: float, alpha: float
+) -> dict[str, float]:
+    """Means over the pairs as the model and as the noise see them, and over rejected tokens."""
     tokens = []
     for pair in pairs:
         tokens += pair.tokens
     loss = mean([pair.loss().item() for pair in pairs])
     margins = [pair.margin().item() for pair in pairs]
     wins = [float(margin > 1e-5) for margin in margins]  # rounding makes no winner
-    sigma = mean([token.mean_sigma() for token in tokens])
     square = mean([token.mean_square() for token in tokens])
+    drop = mean([pair.drop() for pair in pairs])
+    weights = [naive_sigmoid(-margin) for margin in margins]
+    variance = mean([(weight - mean(weights)) ** 2 for weight in weights])
     return {
         "loss": loss,
         "rewards/chosen": mean([pair.chosen_reward.item() for pair in pairs]),
@@ -258,9 +275,12 @@ def naive_metrics(pairs: list[NaivePair], alpha: float) -> dict[str, float]:
         "rewards/accuracies": mean(wins),
         "logps/chosen": mean([pair.chosen_logp.item() for pair in pairs]),
         "logps/rejected": mean([pair.rejected_logp.item() for pair in pairs]),
-        "noise/std": sigma,
-        "noise/spread": (square - sigma**2) ** 0.5,
-        "noise/loss": -loss + alpha * square,
+        "weights/mean": mean(weights),
+        "weights/spread": variance**0.5 / mean(weights),
+        "noise/std": square**0.5,
+        "noise/drop": drop,
+        "noise/drop_margin": beta * drop,
+        "noise/loss": -mean([pair.loss().item() for pair in noisy]) + alpha * square,
     }
 
 
@@ -273,11 +293,19 @@ class NaiveStep(NamedTuple):
 
 
 def naive_step(
-    policy, reference, noise, pairs: list[Pair], seeds: list[int], beta: float, alpha: float
+    policy,
+    reference,
+    noise,
+    pairs: list[Pair],
+    seeds: list[int],
+    beta: float,
+    alpha: float,
+    offset: bool = False,
 ) -> NaiveStep:
     """theta descends on mean l(m), (W, b) on -mean l(m) + alpha mean(sigma^2).
 
-    noise: W and b, or None for none at all, as in DPO and SPIN.
+    noise: W and b, or None for none at all, as in DPO and SPIN. offset: theta's m is without noise
+    and lower by beta times the pairs' mean drop.
     """
     if noise is None:
         noise = torch.zeros(V, D), torch.zeros(V)
@@ -286,11 +314,12 @@ def naive_step(
     made = []
     for pair, seed in zip(pairs, seeds, strict=True):
         made.append(naive_pair(policy, reference, W, b, pair, seed, beta))
-    loss = mean([pair.loss() for pair in made])
+    seen = naive_offset(made, beta) if offset else made
+    loss = mean([pair.loss() for pair in seen])
     return NaiveStep(
         torch.autograd.grad(loss, list(policy.parameters())),
         naive_noise_gradients(made, beta, alpha),
-        naive_metrics(made, alpha),
+        naive_metrics(seen, made, beta, alpha),
     )
 
 
@@ -474,7 +503,7 @@ def test_noise_lowers_the_expected_log_prob_of_every_token(sigma):
 
 def test_the_noise_head_starts_at_the_same_sigma_everywhere():
     """W = 0, b = init: sigma_j = init for every hidden state and entry. Later sigma = W h + b."""
-    head, h = NoiseHead(D, V, 0.25), torch.randn(3, D)
+    head, h = NoiseHead(D, V, "0.25", seed=0), torch.randn(3, D)
     assert head(h).tolist() == [[0.25] * V] * 3
 
     set_noise(head)
@@ -483,6 +512,22 @@ def test_the_noise_head_starts_at_the_same_sigma_everywhere():
     sigmas = head(h).tolist()
     for sigma, state in zip(sigmas, h.tolist()):
         assert sigma == near(naive_sigma(W, b, state))
+
+
+def test_a_linear_start_is_that_of_a_new_linear_layer_and_belongs_to_the_seed():
+    """W and b as nn.Linear draws them after manual_seed; nobody else's random numbers change."""
+    torch.manual_seed(7)
+    plain = torch.nn.Linear(D, V)
+    torch.manual_seed(8)
+    next_number = torch.rand(())
+
+    torch.manual_seed(8)
+    head, same, other = [NoiseHead(D, V, "linear", seed) for seed in (7, 7, 9)]
+    assert torch.rand(()) == next_number
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(head, name), getattr(plain, name))
+        assert torch.equal(getattr(head, name), getattr(same, name))
+        assert not torch.equal(getattr(head, name), getattr(other, name))
 
 
 def test_eps_is_standard_normal_and_independent_over_tokens_and_entries():
@@ -524,32 +569,52 @@ def noisy_reference(init: float | None = 0.1) -> NoisyReference:
 
 
 def test_the_noisy_reference_is_exact_on_positives_and_noisy_on_negatives():
-    """log pi_ref(y+), log p_noise(y-), and y-'s sums over tokens of mean_v sigma and sigma^2."""
+    """log pi_ref(y+), log p_noise(y-), log pi_ref(y-) less that, y-'s sum of mean_v sigma^2."""
     reference = noisy_reference()
     pairs = random_pairs(4)
     seeds = [100, 200, 300, 400]
-    logps, stds, variances = reference(*collate_pairs(pairs, "cpu"), seeds)
+    logps, drops, squares_found = reference(*collate_pairs(pairs, "cpu"), seeds)
 
     exact = copy.deepcopy(reference.lm).double()
     W = reference.noise.weight.tolist()
     b = reference.noise.bias.tolist()
-    chosen, rejected, sigmas, squares = [], [], [], []
+    chosen, rejected, falls, squares = [], [], [], []
     for pair, seed in zip(pairs, seeds):
         tokens = naive_noisy_answer(exact, W, b, pair.prompt, pair.rejected, seed)
         chosen.append(naive_logp(exact, pair.prompt, pair.chosen).item())
         rejected.append(sum(token.logp for token in tokens))
-        sigmas.append(sum(token.mean_sigma() for token in tokens))
+        clean = naive_logp(exact, pair.prompt, pair.rejected).item()
+        falls.append(clean - rejected[-1])
         squares.append(sum(token.mean_square() for token in tokens))
     assert logps.tolist() == near(chosen + rejected)
-    assert stds.tolist() == near(sigmas)
-    assert variances.tolist() == near(squares)
+    assert drops.tolist() == near(falls)
+    assert squares_found.tolist() == near(squares)
+    assert not drops.requires_grad
+
+
+def test_the_drop_is_0_without_noise_and_above_0_on_average_with_it():
+    """sigma = 0: exactly 0. Else the mean over draws is above 0 by more than 4 standard errors."""
+    pairs = random_pairs(4)
+    ids, mask = collate_pairs(pairs, "cpu")
+    _, drops, _ = NoisyReference(tiny_lm(1), "0")(ids, mask, [100, 200, 300, 400])
+    assert drops.tolist() == [0.0] * 4
+
+    for init in ("1", "linear"):
+        reference = NoisyReference(tiny_lm(1), init)
+        drawn = []
+        with torch.no_grad():
+            for n in range(200):
+                seeds = [1000 * n + 100 * i for i in range(4)]
+                drawn.append(reference(ids, mask, seeds)[1].mean())
+        drawn = torch.stack(drawn)  # [200]
+        assert drawn.mean() > 4 * drawn.std() / math.sqrt(200)
 
 
 def test_without_noise_the_reference_is_the_scorer():
-    """init None: both sides are log pi_ref, nothing is trained, the sums of sigma are 0."""
+    """init None: both sides are log pi_ref, nothing is trained, drop and sigma^2 are 0."""
     reference = noisy_reference(None)
     pairs = random_pairs(4)
-    logps, stds, variances = reference(*collate_pairs(pairs, "cpu"), [100, 200, 300, 400])
+    logps, drops, squares = reference(*collate_pairs(pairs, "cpu"), [100, 200, 300, 400])
 
     exact = copy.deepcopy(reference.lm).double()
     chosen, rejected = [], []
@@ -557,8 +622,8 @@ def test_without_noise_the_reference_is_the_scorer():
         chosen.append(naive_logp(exact, pair.prompt, pair.chosen).item())
         rejected.append(naive_logp(exact, pair.prompt, pair.rejected).item())
     assert logps.tolist() == near(chosen + rejected)
-    assert stds.tolist() == [0.0] * 4
-    assert variances.tolist() == [0.0] * 4
+    assert drops.tolist() == [0.0] * 4
+    assert squares.tolist() == [0.0] * 4
     assert not any(p.requires_grad for p in reference.parameters())
 
 
@@ -579,15 +644,15 @@ def test_only_the_noise_of_the_reference_is_trained():
 def noisy_outputs(reference, pairs: list[Pair], seeds: list[int]) -> tuple[Tensor, tuple]:
     """All that a NoisyReference gives for each pair, and a gradient of its noise.
 
-    Returns [B, 4] (log-probs of both sides, the sums of sigma and of sigma^2), and the gradients on
+    Returns [B, 4] (log-probs of both sides, the drop, the sum of sigma^2), and the gradients on
     W and b of a sum in which a pair weighs what its seed does.
     """
-    logps, stds, variances = reference(*collate_pairs(pairs, "cpu"), seeds)
+    logps, drops, squares = reference(*collate_pairs(pairs, "cpu"), seeds)
     chosen, rejected = logps.chunk(2)
     weight = torch.tensor(seeds) / 100
-    total = (weight * (rejected + stds + variances)).sum()
+    total = (weight * (rejected + squares)).sum()
     grads = torch.autograd.grad(total, [reference.noise.weight, reference.noise.bias])
-    return torch.stack([chosen, rejected, stds, variances], 1).detach(), grads
+    return torch.stack([chosen, rejected, drops, squares], 1).detach(), grads
 
 
 def test_batch_mates_padding_and_order_do_not_change_the_noise():
@@ -724,8 +789,8 @@ def recording_sgd(log: list[Update]):
 class RandomHead(NoiseHead):
     """A noise head that starts with the W and b of set_noise."""
 
-    def __init__(self, width: int, vocabulary: int, init: float):
-        super().__init__(width, vocabulary, init)
+    def __init__(self, width: int, vocabulary: int, init: str, seed: int):
+        super().__init__(width, vocabulary, init, seed)
         set_noise(self)
 
 
@@ -764,6 +829,7 @@ def run_train(
 UPDATES = {  # of a step: its name, and who moves
     "off": [("model", ["policy"])],
     "joint": [("joint", ["policy", "noise"])],
+    "offset": [("offset", ["policy", "noise"])],
     "alternating": [("noise", ["noise"]), ("model", ["policy"])],
 }
 LOGGED = [
@@ -774,8 +840,10 @@ LOGGED = [
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "weights/mean",
+    "weights/spread",
 ]
-LOGGED_OF_NOISE = ["noise/std", "noise/spread", "noise/loss"]
+LOGGED_OF_NOISE = ["noise/std", "noise/drop", "noise/drop_margin", "noise/loss"]
 
 
 def set_weights(lm, weights: list[Tensor]):
@@ -802,12 +870,13 @@ def copies(module) -> list[Tensor]:
     return [p.detach().clone() for p in module.parameters()]
 
 
-@pytest.mark.parametrize("how", ["off", "joint", "alternating"])
+@pytest.mark.parametrize("how", UPDATES)
 def test_the_training_loops_gradients_are_those_of_objective_10(monkeypatch, tmp_path, how):
     """On theta: d l, the noise held. On (W, b): -d l + alpha d mean(sigma^2). And the metrics.
 
     At every step, with an uneven last micro-batch. joint: both gradients come before either moves;
-    alternating: the noise moves first, and the model sees noise of its own.
+    alternating: the noise moves first, and the model sees noise of its own; offset: the model's
+    margins are without noise and lower by its mean drop.
     """
     pairs = random_pairs(7)
     flags = {"batch": 5, "micro_batch": 2, "warmup": 1.0}
@@ -820,7 +889,7 @@ def test_the_training_loops_gradients_are_those_of_objective_10(monkeypatch, tmp
 
     policy = tiny_lm(1).double()
     reference = tiny_lm(1).double()
-    head = set_noise(NoiseHead(D, V, 0.0))
+    head = set_noise(NoiseHead(D, V, "0", seed=0))
     weights = {"policy": copies(tiny_lm(1)), "noise": copies(head)}
     updates = iter(log)
     for step, factor in enumerate([0.5, 1.0]):  # 5 pairs at half the learning rates, then 2
@@ -829,7 +898,8 @@ def test_the_training_loops_gradients_are_those_of_objective_10(monkeypatch, tmp
             seeds = [job.seed_of(0, "noise", 3, step, name, i) for i in order[step]]
             noise = None if how == "off" else weights["noise"]
             set_weights(policy, weights["policy"])
-            naive = naive_step(policy, reference, noise, some, seeds, beta=0.3, alpha=0.2)
+            terms = {"beta": 0.3, "alpha": 0.2, "offset": how == "offset"}
+            naive = naive_step(policy, reference, noise, some, seeds, **terms)
             for who in movers:
                 update = next(updates)
                 assert update.who == who

@@ -773,8 +773,10 @@ def dnpo_run(tmp_path, name: str, seed: int, scores: list[list[float]], **config
     for k in (1, 2):
         for step in (1, 2):
             line = {"iteration": k, "step": step, "loss": k + step / 10}
+            line.update({"weights/mean": step / 10, "weights/spread": k / 10})
             if config["noise"] and k > 1:
                 line["noise/loss"] = -0.1 * k
+                line["noise/drop_margin"] = 1.0 * step
             metrics.append(line)
 
     iterations, files = [], {}
@@ -837,6 +839,9 @@ def test_runs_that_differ_in_their_seed_are_one_kind(tmp_path):
         "spin": {"seed": 0, "labels": "annotation", "noise": False},
         "dsl": {"seed": 0, "noise": False},
         "npo": {"seed": 0, "labels": "annotation"},
+        "off": {"seed": 0, "noise_update": "offset"},
+        "npo-off": {"seed": 0, "labels": "annotation", "noise_update": "offset"},
+        "dsl-off": {"seed": 0, "noise": False, "noise_update": "offset"},
     }
     runs = []
     for name, config in variants.items():
@@ -853,6 +858,9 @@ def test_runs_that_differ_in_their_seed_are_one_kind(tmp_path):
         ("SPIN", ["spin"]),
         ("SPIN + DSL", ["dsl"]),
         ("SPIN + NPO", ["npo"]),
+        ("SPIN + DSL + offset", ["off"]),
+        ("SPIN + offset", ["npo-off"]),
+        ("SPIN + DSL, noise_update offset", ["dsl-off"]),
         ("hotter", ["hot"]),
     ]
 
@@ -903,6 +911,34 @@ def test_dnpo_figures_plot_the_runs_numbers(tmp_path):
     assert figures.curves(spin, "loss", "noise/loss") == [[], []]
     assert figures.curves(spin, "loss") == [[1.1, 1.2, 2.1, 2.2]]
     assert figures.beginnings(spin, "loss") == [0, 2]
+    assert figures.iteration_means(own, "noise/drop_margin") == near({2: 1.5})
+    assert figures.iteration_means(own, "weights/mean") == near({1: 0.15, 2: 0.15})
+    assert figures.iteration_means(spin, "noise/drop_margin") == {}
+
+
+def test_the_noise_figure_has_a_line_for_each_kind_with_the_data(tmp_path):
+    """Fall, weights and score by iteration; a run without noise has no fall to show."""
+    pytest.importorskip("matplotlib")
+    scores = [[1.0], [2.0], [4.0]]
+    runs = []
+    for name, config in (("a", {}), ("b", {"noise_update": "offset"}), ("c", {"noise": False})):
+        runs.append(read_run(str(dnpo_run(tmp_path, name, 0, scores, **config))))
+    _, figure, numbers = figures.dnpo_noise(group_runs(runs))
+
+    names = ["DNPO", "SPIN + DSL + offset", "SPIN + DSL"]
+    plotted = []
+    for ax in figure.axes:
+        panel = []
+        for line in ax.get_lines():
+            panel.append((line.get_label(), list(line.get_xdata()), near(line.get_ydata())))
+        plotted.append(panel)
+    assert plotted == [
+        [(name, [2], [1.5]) for name in names[:2]],
+        [(name, [1, 2], [0.15, 0.15]) for name in names],
+        [(name, [1, 2], [0.1, 0.2]) for name in names],
+        [(name, [0, 1, 2], [1.0, 2.0, 4.0]) for name in names],
+    ]
+    assert len(numbers) == 2 + 6 + 6 + 9
 
 
 def test_tso_figures_plot_the_runs_numbers(tmp_path):
@@ -1000,6 +1036,7 @@ FIGURES = {
     "dnpo-fig2-log-probs-spin",
     "dnpo-fig7-against-spin",
     "dnpo-fig9-losses",
+    "dnpo-noise",
     "tso-fig3-fig4-rewards",
     "tso-fig5-scores",
     "sams-accuracy",

@@ -52,18 +52,28 @@ def toy_judge() -> Judge:
         ("Rating: [[seven]]", None),
         ("Rating: [[7/10]]", None),
         ("Rating: [[]]", None),
+        ("Rating: [[11]]", 11),
+        ("Rating: [[ 87 ]]", 87),
+        ("Rating: [[99]]", 99),
+        ("Rating: [[100]]", 100),
+        ("Rating: [[100.0]]", 100),
+        ("Rating: [[007]]", 7),
         ("Rating: [[0]]", None),
-        ("Rating: [[11]]", None),
-        ("Rating: [[100]]", None),
+        ("Rating: [[0.9]]", None),
+        ("Rating: [[101]]", None),
+        ("Rating: [[1000]]", None),
         ("Rating: [[-5]]", None),
-        ("Rating: [[10.5]]", None),
+        ("Rating: [[100.5]]", None),
+        ("Rating: [[83/100]]", None),
+        ("Rating: [[83%]]", None),
+        ("Rating: [[8 3]]", None),
         ("Rating: [[7", None),
-        ("From [[1]] to [[10]], I give it [[12]]", None),
+        ("From [[1]] to [[100]], I give it [[112]]", None),
         ("Verdict: [[A]]", None),
     ],
 )
 def test_a_score_is_the_last_one_in_double_brackets(text, score):
-    """The last [[n]] if 1 <= n <= 10; what can't be read, or is off the scale, is None."""
+    """The last [[n]] if 1 <= n <= 100; what can't be read, or is off the scale, is None."""
     assert read_score(text) == score
 
 
@@ -93,6 +103,17 @@ def test_a_score_is_the_last_one_in_double_brackets(text, score):
 def test_a_verdict_is_the_last_one_in_double_brackets(text, verdict):
     """The last [[A]], [[B]] or [[tie]], in any case; else None."""
     assert read_verdict(text) == verdict
+
+
+def test_the_question_for_a_score_names_its_scale_and_its_criteria():
+    """1 to 100, no multiples of five, four criteria, and the form that read_score reads."""
+    text = common.SCORE_PROMPT.format(prompt="Sort cab.", a="abc")
+    words = ["1 (useless)", "100 (", "multiples of five"]
+    words += ["relevance", "clarity", "completeness", "correctness"]
+    assert [word for word in words if word not in text] == []
+    assert "Sort cab." in text
+    assert text.endswith("abc")
+    assert read_score(text.replace("[[n]]", "[[73]]")) == 73
 
 
 # ---------------------------------------------------------------- what all judges share
@@ -285,6 +306,29 @@ def test_another_judge_other_text_or_other_prompt_is_another_question(tmp_path):
     assert other.score([(p, "x")]) == [9.0]
     items = [(p, "x"), (q, "x"), (p, "y"), (p + p, "x")]
     assert same.score(items) == [2.0, 9.0, 9.0, 9.0]
+
+
+def test_full_marks_are_each_judges_own(world, tmp_path):
+    """10 in the toy world, 100 of a text judge, none of a reward model."""
+    reward_model(tmp_path / "rm", 1)
+    assert toy_judge().full == toy.score("cab", "abc") == 10
+    assert make_judge(f"hf:{world / 'sft'}", None).full == 100
+    assert make_judge(f"rm:{tmp_path / 'rm'}", None).full is None
+
+    rows = [{"meta": {"score": score, "score_annotated": 50}} for score in (10, 99, 100)]
+    assert common.judged_shares(rows, Words("words", None))["full_marks"] == 1 / 3
+
+
+def test_an_answer_to_another_wording_of_the_question_is_not_taken(tmp_path, monkeypatch):
+    """A text judge's cache belongs to the prompts too: scores of another scale never meet."""
+    item = user("p"), "y"
+    asked = []
+    for wording in (common.SCORE_PROMPT, common.SCORE_PROMPT, common.SCORE_PROMPT + "\n"):
+        monkeypatch.setattr(common, "SCORE_PROMPT", wording)
+        judge = Words("words", tmp_path)
+        assert judge.score([item]) == [7]
+        asked.append(hasattr(judge, "questions"))
+    assert asked == [True, False, True]
 
 
 def test_what_cannot_be_read_is_not_cached(tmp_path):

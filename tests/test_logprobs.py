@@ -426,7 +426,7 @@ def numbers(line: dict) -> dict:
     return {name: value for name, value in line.items() if name not in clocks}
 
 
-@pytest.mark.parametrize("update", ["joint", "alternating"])
+@pytest.mark.parametrize("update", ["joint", "offset", "alternating"])
 def test_micro_batching_does_not_change_training(monkeypatch, tmp_path, update):
     """Gradients, metrics and checkpoint of 11 pairs in steps of 8 and 3 are those of whole batches.
 

@@ -70,6 +70,7 @@ def no_model(*args, **more):
 
 
 ALTERNATING = {"noise_update": "alternating", "warmup_iterations": 0}
+OFFSET = {"noise_update": "offset", "noise_init": "linear", "warmup_iterations": 0}
 TWO_RANKS = """import json, shutil, sys
 sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
@@ -115,7 +116,8 @@ def two(flags, tmp_path_factory):
 
     `replicated` and `sharded` are the plain run. `resumed` is a sharded run that died after the
     first step with noise and went on with the reference offloaded; `one/resumed` is what it left
-    behind when it died. `alternating-ddp` and `alternating-fsdp` alternate.
+    behind when it died. `alternating-ddp` and `alternating-fsdp` alternate, `offset-ddp` and
+    `offset-fsdp` are the control, with noise that starts at random.
     """
     folder = tmp_path_factory.mktemp("two")
     (folder / "two.py").write_text(TWO_RANKS)
@@ -127,15 +129,16 @@ def two(flags, tmp_path_factory):
         (True, resumed),
         (False, [*resumed, "--resume", "--offload_reference"]),
     ]
-    for way in ("ddp", "fsdp"):
-        alternating = flags(
-            f"alternating-{way}",
-            parallel=way,
-            micro_batch=4,
-            activation_checkpointing=True,
-            **ALTERNATING,
-        )
-        runs.append((False, alternating))
+    for name, more in (("alternating", ALTERNATING), ("offset", OFFSET)):
+        for way in ("ddp", "fsdp"):
+            again = flags(
+                f"{name}-{way}",
+                parallel=way,
+                micro_batch=4,
+                activation_checkpointing=True,
+                **more,
+            )
+            runs.append((False, again))
 
     done = script(
         str(folder / "two.py"),
@@ -175,16 +178,18 @@ def test_two_ranks_do_what_one_does(plain, two, name):
         assert_close(trained, weights(out / iteration / "checkpoint"), atol=tolerance)
 
 
-def test_alternating_updates_are_the_same_on_two_ranks_too(two, flags):
-    """A noise step, then a model step: one process, DDP and FSDP agree.
+@pytest.mark.parametrize("name, more", [("alternating", ALTERNATING), ("offset", OFFSET)])
+def test_the_other_updates_are_the_same_on_two_ranks_too(two, flags, name, more):
+    """A noise step, then a model step; the control, and sigma's random start: DDP and FSDP agree.
 
-    Each has a forward pass of the other that has no backward pass.
+    All have forward passes without a backward pass. The mean drop is that of all ranks' pairs.
     """
-    alone = two / "alternating"
-    assert forked(dnpo, *flags(alone, **ALTERNATING)) == 0
+    alone = two / name
+    assert forked(dnpo, *flags(alone, **more)) == 0
+    assert all(line["noise/drop"] > 0.1 for line in metrics(alone))
     trained = weights(alone / "iter1/checkpoint")
     for way in ("ddp", "fsdp"):
-        out = two / f"alternating-{way}"
+        out = two / f"{name}-{way}"
         for a, b in zip(metrics(alone), metrics(out), strict=True):
             assert b == pytest.approx(a, rel=1e-3, abs=1e-4)
         assert_close(trained, weights(out / "iter1/checkpoint"), atol=1e-4)
@@ -261,6 +266,20 @@ def test_none_under_torchrun_is_refused(monkeypatch, flags, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_noise_of_size_0_and_its_offset_train_as_without_noise(monkeypatch, flags, tmp_path):
+    """sigma = 0: not a bit of the trained model differs from the one without noise."""
+    trained = {}
+    for name, more in (
+        ("without", {"noise": False}),
+        ("joint", {"noise_init": 0, "noise_lr": 1e-30}),
+        ("offset", {"noise_init": 0, "noise_lr": 1e-30, "noise_update": "offset"}),
+    ):
+        run(monkeypatch, dnpo, *flags(tmp_path / name, warmup_iterations=0, **more))
+        trained[name] = weights(tmp_path / name / "iter1/checkpoint")
+    assert_close(trained["joint"], trained["without"], atol=0)
+    assert_close(trained["offset"], trained["without"], atol=0)
+
+
 # ---------------------------------------------------------------- interruptions
 
 
@@ -275,14 +294,14 @@ def die_after_saving(monkeypatch):
     monkeypatch.setattr(job, "save_state", save_and_die)
 
 
-@pytest.mark.parametrize("update", ["joint", "alternating"])
-def test_six_steps_are_three_and_resume_and_three(monkeypatch, flags, tmp_path, update):
+@pytest.mark.parametrize("how", [{}, ALTERNATING, OFFSET])
+def test_six_steps_are_three_and_resume_and_three(monkeypatch, flags, tmp_path, how):
     """Model, noise head, their optimizers, learning rate, order and noise go on bit for bit.
 
     No line of metrics stands twice.
     """
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    more = {"noise_update": update, "warmup_iterations": 0, "epochs": 2, "save_every": 3}
+    more = {**how, "warmup_iterations": 0, "epochs": 2, "save_every": 3}
     run(monkeypatch, dnpo, *flags(whole, **more))
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -593,6 +612,7 @@ def test_a_row_has_the_better_answer_on_top_or_says_why_it_is_left_out(
         "meta": {
             "iteration": 2,
             "swapped": chosen == "generated",
+            "flipped": False,
             "why": why,
             "score_annotated": annotated,
             "score_generated": generated,
@@ -600,6 +620,43 @@ def test_a_row_has_the_better_answer_on_top_or_says_why_it_is_left_out(
             "rejected_ended": answers[rejected].ended,
         },
     }
+
+
+def test_a_judge_that_errs_flips_exactly_its_share_of_labels(monkeypatch, flags, world, tmp_path):
+    """7 of 37 rows have the judge's label turned round and say so, others in each iteration.
+
+    SPIN's labels are no judge's. The rows are the same after a kill while labelling.
+    """
+    more = {"judge_noise": 0.2, "iterations": 2, "max_steps": 1, "sample_batch": 5}
+    run(monkeypatch, dnpo, *flags(tmp_path / "run", **more))
+    annotated = annotations(world)
+    flipped = []
+    for k in (1, 2, 3):
+        answers = lines(tmp_path / f"run/iter{k}/responses.jsonl")
+        pairs = lines(tmp_path / f"run/iter{k}/pairs.jsonl")
+        flipped.append([row["id"] for row in pairs if row["meta"]["flipped"]])
+        for answer, row in zip(answers, pairs, strict=True):
+            prompt, sampled = prompt_of(row), answer["response"]
+            own = annotated[prompt]
+            better = k > 1 and toy_score(prompt, sampled) > toy_score(prompt, own)
+            generated_first = better != row["meta"]["flipped"]
+            assert row["meta"]["swapped"] == generated_first
+            sides = (sampled, own) if generated_first else (own, sampled)
+            assert (row["chosen"], row["rejected"]) == sides
+    assert [len(ids) for ids in flipped] == [0, 7, 7]
+    assert flipped[1] != flipped[2]
+
+    more = {**more, "iterations": 1, "warmup_iterations": 0}
+    files = []
+    for name, kill in (("whole", None), ("killed", ("in", "iter 1: label"))):
+        again = flags(tmp_path / name, **more)
+        if kill:
+            assert forked(dnpo, *again, kill=kill) == -signal.SIGKILL
+            again.append("--resume")
+        assert forked(dnpo, *again) == 0
+        files.append((tmp_path / name / "iter1/pairs.jsonl").read_bytes())
+    assert files[0] == files[1]
+    assert files[0].count(b'"flipped": true') == 7
 
 
 def labelled(name: str, why: str | None = None) -> dict:
@@ -676,10 +733,11 @@ def check_labels(
     result: dict, drawn: list[dict], pairs: list[dict], annotated: dict[str, str], dsl: bool
 ):
     """Under DSL the better answer is chosen, else the annotation; only a sample may be cut."""
-    swapped = 0
+    swapped = ties = 0
     for answer, pair in zip(drawn, pairs, strict=True):
         prompt = prompt_of(answer)
         own, sampled = annotated[prompt], answer["response"]
+        ties += toy_score(prompt, sampled) == toy_score(prompt, own)
         ended = answer["meta"]["finish"] == "stop"
         if dsl and toy_score(prompt, sampled) > toy_score(prompt, own):
             swapped += 1
@@ -691,6 +749,7 @@ def check_labels(
             assert pair["meta"]["chosen_ended"]
             assert pair["meta"]["rejected_ended"] == ended
     assert result["swapped"] == swapped / 37
+    assert result["ties"] == (ties / 37 if dsl else None)
 
 
 def test_the_reported_numbers_are_those_of_the_files(plain, world):
@@ -718,6 +777,8 @@ def test_the_reported_numbers_are_those_of_the_files(plain, world):
     steps = metrics(plain)
     assert spin["noise_std"] is None
     assert npo["noise_std"] == steps[-1]["noise/std"]
+    assert spin["noise_drop"] is None
+    assert npo["noise_drop"] == steps[-1]["noise/drop"]
     norms = [line["grad_norm"] for line in steps]
     assert npo["grad_norm"] == pytest.approx(sum(norms[3:]) / 3)
 
@@ -852,17 +913,61 @@ def test_samples_show_three_prompts_after_every_iteration(plain):
             assert f"\niteration {i}: {row['response']}\n" in text
 
 
+def test_only_readable_scores_that_are_equal_are_a_tie():
+    """Two judgements that could not be read are no tie, two zeros are."""
+    for annotated, generated, tie in ((5, 5, True), (0, 0, True), (5, 4, False)):
+        assert dnpo.is_tie({"score_annotated": annotated, "score_generated": generated}) == tie
+    for annotated, generated in ((None, None), (None, 5), (5, None)):
+        assert not dnpo.is_tie({"score_annotated": annotated, "score_generated": generated})
+
+
+@pytest.mark.parametrize(
+    "beta, line",
+    [
+        (1.0, "by 0.250 nats an answer, and the margin by 0.250"),
+        (0.2, "by 0.250 nats an answer, and the margin by 0.050"),
+        (
+            0.1,
+            "by 0.250 nats an answer, and the margin by 0.025: "
+            "warning: the noise is too small to act (raise --noise_init)",
+        ),
+    ],
+)
+def test_a_noise_too_small_to_act_is_warned_about(capsys, beta, line):
+    """It is where beta times the drop is below 0.05."""
+    at = dnpo.Iteration(2, dsl=True, npo=True, folder=Path("iter2"))
+    dnpo.tell_drop(at, 0, {"noise/drop": 0.25, "noise/drop_margin": beta * 0.25})
+    assert capsys.readouterr().out == f"iter 2: the noise lowers log p_noise(y-) {line}\n"
+
+
+def test_an_iteration_with_noise_says_how_large_it_is_once(monkeypatch, flags, tmp_path, capsys):
+    """From the numbers of its first step; the steps' own lines end with their drop."""
+    run(monkeypatch, dnpo, *flags(tmp_path / "run", max_steps=2, beta=0.5))
+    text = capsys.readouterr().out
+    _, _, first, second = metrics(tmp_path / "run")
+    assert "noise/drop" not in metrics(tmp_path / "run")[0]
+    assert first["noise/drop_margin"] == pytest.approx(0.5 * first["noise/drop"])
+    said = [line for line in text.splitlines() if "the noise lowers" in line]
+    assert said == [
+        f"iter 2: the noise lowers log p_noise(y-) by {first['noise/drop']:.3f} nats an answer, "
+        f"and the margin by {first['noise/drop_margin']:.3f}"
+    ]
+    assert f" · drop {second['noise/drop']:.2f}\n" in text
+    assert text.count(" · drop ") == 2
+
+
 CELLS = {
     "spin": {"labels": "annotation", "noise": False},
     "dsl": {"noise": False},
     "npo": {"labels": "annotation"},
     "alternating": {"noise_update": "alternating"},
+    "offset": {"noise_update": "offset"},
 }
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_cell_of_figure_8_runs(monkeypatch, flags, tmp_path, cell):
-    """SPIN, DSL alone, NPO alone and the alternating update: labels and noise are as asked.
+    """SPIN, DSL alone, NPO alone and the other updates: labels and noise are as asked.
 
     --max_steps is per iteration.
     """
@@ -873,11 +978,11 @@ def test_every_cell_of_figure_8_runs(monkeypatch, flags, tmp_path, cell):
 
     last = results(out)["iterations"][-1]
     noisy = last["noise_std"] is not None
-    assert noisy == (cell in ("npo", "alternating"))
+    assert noisy == (cell in ("npo", "alternating", "offset"))
     assert last["update"] == ("spin" if cell == "spin" else "dnpo")
     for row in lines(out / "iter2/pairs.jsonl"):
         judged = row["meta"]["score_generated"] is not None
-        assert judged == (cell in ("dsl", "alternating"))
+        assert judged == (cell in ("dsl", "alternating", "offset"))
 
 
 def test_the_previous_iterations_pairs_are_mixed_in(monkeypatch, flags, tmp_path):
