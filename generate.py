@@ -154,9 +154,13 @@ def score_answers(answers: list[dict], judge: Judge, c: Config) -> list[float | 
 def preference_pair(row: dict, answers: list[dict], scores: list[float | None]) -> dict | None:
     """The best and the worst answer to a prompt as a preference row; None where all are equal.
 
-    Of equal scores the first answer counts; one whose judgement could not be read does not.
+    Of equal scores the first answer counts. An empty answer does not, nor does one whose judgement
+    could not be read.
     """
-    places = [place for place, score in enumerate(scores) if score is not None]
+    places = []
+    for place, answer in enumerate(answers):
+        if scores[place] is not None and answer["response"].strip():
+            places.append(place)
     best = max(places, key=scores.__getitem__, default=0)
     worst = min(places, key=scores.__getitem__, default=0)
     if scores[best] == scores[worst]:

@@ -477,6 +477,7 @@ def test_the_best_and_the_worst_answer_to_each_prompt_become_a_pair(world, tmp_p
     for i, row in enumerate(lines(world / "train.jsonl")):
         text = row["prompt"]
         own = answers[3 * i : 3 * i + 3]
+        own = [answer for answer in own if answer["response"]]
         scores = [toy.score(text, answer["response"]) for answer in own]
         best, worst = scores.index(max(scores)), scores.index(min(scores))
         if best != worst:
@@ -492,16 +493,20 @@ def test_the_best_and_the_worst_answer_to_each_prompt_become_a_pair(world, tmp_p
     assert f"{len(expected)} pairs; {120 - len(expected)} prompts without" in done.stdout
 
     more = {"data": pairs, "out": tmp_path / "run", "max_steps": 1, "select": "all"}
+    more["reference"] = tmp_path / "reference"
     assert forked(sams, *sams_flags(world, **more)) == 0
 
 
-def test_a_judgement_that_could_not_be_read_is_neither_best_nor_worst():
-    """Scores None, 3, 8, 3, 8: the third and the second; only None or equal ones: no pair."""
+def test_an_empty_or_unreadably_judged_answer_is_neither_best_nor_worst():
+    """Scores None, 3, 8, 3, 8, and 1 for an empty one: the third and the second.
+
+    Where there are only None or equal ones, there is no pair.
+    """
     answers = []
-    for text in "abcde":
+    for text in ("a", "b", "c", "d", "e", " "):
         answers.append({"response": text, "meta": {"finish": "stop" if text < "c" else "length"}})
     row = {"id": "1", "prompt": []}
-    pair = generate.preference_pair(row, answers, [None, 3, 8, 3, 8])
+    pair = generate.preference_pair(row, answers, [None, 3, 8, 3, 8, 1])
     assert (pair["chosen"], pair["rejected"]) == ("c", "b")
     assert pair["meta"] == {
         "score_chosen": 8,
@@ -509,8 +514,8 @@ def test_a_judgement_that_could_not_be_read_is_neither_best_nor_worst():
         "chosen_ended": False,
         "rejected_ended": True,
     }
-    assert generate.preference_pair(row, answers, [None] * 5) is None
-    assert generate.preference_pair(row, answers, [None, 3, 3, None, 3]) is None
+    assert generate.preference_pair(row, answers, [None] * 6) is None
+    assert generate.preference_pair(row, answers, [None, 3, 3, None, 3, 1]) is None
 
 
 @pytest.mark.parametrize(
