@@ -76,6 +76,9 @@ LLAMA_8B = {
 }
 SHAPES = {"1b": LLAMA_1B, "8b": LLAMA_8B}
 ROWS = ["floor", "dpo", "dpo+ac", "sams", "tso", "dnpo"]
+ONLY_IF_ASKED = ["sams+paper"]
+SMALL_SELECTOR = {"selector_depth": 2, "selector_width": 128, "encoder": "none", "context": "both"}
+PAPERS_SELECTOR = {"selector_depth": 16, "selector_width": 4096}
 ROWS_OF_RANKS = ["dpo", "dpo+ac", "sams"]  # that several ranks can share
 SWEEPS = {
     "length": (128, 256, 512, 1024, 2048),
@@ -298,8 +301,8 @@ def make_steps(c, loaded: Loaded, device) -> tuple[dict[str, Callable], list[nn.
         "beta": 0.1,
         "activation_checkpointing": False,
     }
-    small = {"encoder": "none", "selector_depth": 2, "selector_width": 128, "context": "both"}
-    work = make_work(c, sams.Config(**same, ratio=c.ratio, **small), loaded, device)
+    same_sams = {**same, "ratio": c.ratio}
+    work = make_work(c, sams.Config(**same_sams, **SMALL_SELECTOR), loaded, device)
     modules = [work.policy]
     steps = {
         "floor": partial(floor, work, unpadded(loaded.pairs, device)),
@@ -309,7 +312,8 @@ def make_steps(c, loaded: Loaded, device) -> tuple[dict[str, Callable], list[nn.
     if "sams" in c.rows:
         steps["sams"] = partial(choose_and_train, work, busy_bandit(work, frozen=False))
     if "sams+paper" in c.rows:
-        papers = work._replace(how=sams.Config(**same, ratio=c.ratio, encoder=c.encoder))
+        how = sams.Config(**same_sams, **PAPERS_SELECTOR, encoder=c.encoder)
+        papers = work._replace(how=how)
         steps["sams+paper"] = partial(choose_and_train, papers, busy_bandit(papers, frozen=True))
 
     scorer = Scorer(work.policy.lm)
@@ -635,7 +639,7 @@ def main():
 
 def check(c):
     """Ends the program if the flags ask for what can't be measured."""
-    unknown = set(c.rows) - set(ROWS) | set(c.sweep) - set(SWEEPS)
+    unknown = set(c.rows) - {*ROWS, *ONLY_IF_ASKED} | set(c.sweep) - set(SWEEPS)
     if unknown:
         job.die(f"{' '.join(sorted(unknown))}: no such row or sweep")
 

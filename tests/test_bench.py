@@ -150,11 +150,13 @@ def test_the_table_is_written(monkeypatch, world, tmp_path, capsys):
     """bench.json has every row asked for, with ratios to the floor that follow from the seconds."""
     of_model = ["--model", world / "sft", "--data", world / "pairs.jsonl"]
     limits = ["--max_prompt", 32, "--max_response", 16, "--repeats", 1]
-    rows = ["--rows", "floor", "dpo", "sams"]
+    small = {"selector_depth": 2, "selector_width": 8}
+    monkeypatch.setattr(bench, "PAPERS_SELECTOR", small)
+    rows = ["--rows", "floor", "dpo", "sams", "sams+paper"]
     run(monkeypatch, bench, *of_model, *limits, *rows, "--out", tmp_path / "bench.json")
 
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert list(found["rows"]) == ["floor", "dpo", "sams"]
+    assert list(found["rows"]) == ["floor", "dpo", "sams", "sams+paper"]
     floor = found["rows"]["floor"]
     for row in found["rows"].values():
         assert row["vs_floor"] == pytest.approx(row["seconds"] / floor["seconds"])
