@@ -22,12 +22,12 @@ What the noise is: logsumexp is convex, so noise on logits lowers E log softmax(
 by about sigma^2/2 (1 - sum p^2) a token. log p_noise(y-) falls, m falls, and sigmoid(-m), a pair's
 weight in the gradient on theta, rises again where the policy was sure of y+ over y-. A factor that
 all gradients have in common changes nothing, though: Adam and clipping don't see it. So the noise
-acts in two ways: the pairs' weights become more even (`weights/spread` is their std / mean), and m
-is random. `noise/drop` is the fall in nats an answer; if beta times it is below 0.05 there is no
-noise to speak of. The control is `--noise_update offset`: sigma is trained as in `joint`, but the
-model sees log pi_{k-1}(y-) less the mean fall over the step's pairs, one number in nats an answer.
-If its curve and that of `joint` coincide, NPO is an adaptive margin. Adam moves sigma by up to
-noise_lr |h|_1 a step: much, in a wide model. Answers are always sampled without the noise.
+acts in two ways: its mean fall makes the pairs' weights more even, and its variance makes them less
+so, at random (`weights/spread` is their std / mean). `noise/drop` is the fall in nats an answer; if
+beta times it is below 0.05, the noise is off. The control is `--noise_update offset`: sigma is
+trained as in `joint`, but the model sees log pi_{k-1}(y-) less the mean fall over the step's pairs,
+one number in nats an answer. If its curve and that of `joint` coincide, NPO is an adaptive margin.
+Adam moves sigma by up to noise_lr |h|_1 a step. Answers are always sampled without the noise.
 
 Differs from the paper, or is not specified by it (ours unless said):
 
