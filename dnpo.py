@@ -846,7 +846,7 @@ def training_summary(
         "pairs": len(encoded),
         "left_out": dict(left_out),
         "noise_std": steps[-1]["noise/std"] if at.npo else None,
-        "noise_drop": steps[-1]["noise/drop"] if at.npo else None,
+        "noise_drop": common.mean_or_none([m["noise/drop"] for m in steps if at.npo]),
         "grad_norm": sum(m["grad_norm"] for m in steps) / len(steps),
         "steps": len(steps),
     }
