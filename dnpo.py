@@ -863,6 +863,8 @@ def show_plan(c, tok, rows: list[dict], test_rows: list[dict], dropped: Counter,
     judge = c.judge
     if judge == Config.judge:
         judge += " (an open reward model; the paper asks GPT-4o-mini)"
+    if c.judge_noise:
+        judge += f", {c.judge_noise:.0%} of its labels flipped"
     print(
         f"DNPO · {job.preset_note(c)} · {c.warmup_iterations} warm-up (SPIN) + {c.iterations} "
         f"iterations · labels {c.labels} · noise {c.noise_update if c.noise else 'off'} "
