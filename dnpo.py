@@ -22,12 +22,12 @@ What the noise is: logsumexp is convex, so noise on logits lowers E log softmax(
 by about sigma^2/2 (1 - sum p^2) a token. log p_noise(y-) falls, m falls, and sigmoid(-m), a pair's
 weight in the gradient on theta, rises again where the policy was sure of y+ over y-. A factor that
 all gradients have in common changes nothing, though: Adam and clipping don't see it. So the noise
-acts in two ways: the pairs' weights become more even (`weights/spread` is their std / mean), and m
-is random. `noise/drop` is the fall in nats an answer; if beta times it is below 0.05 there is no
-noise to speak of. The control is `--noise_update offset`: sigma is trained as in `joint`, but the
-model sees log pi_{k-1}(y-) less the mean fall over the step's pairs, one number in nats an answer.
-If its curve and that of `joint` coincide, NPO is an adaptive margin. Adam moves sigma by up to
-noise_lr |h|_1 a step: much, in a wide model. Answers are always sampled without the noise.
+acts in two ways: its mean fall makes the pairs' weights more even, and its variance makes them less
+so, at random (`weights/spread` is their std / mean). `noise/drop` is the mean fall, in nats an
+answer; if beta times it is below 0.05, the noise is off. The control is `--noise_update offset`:
+sigma is trained as in `joint`, but the model sees log pi_{k-1}(y-) less the mean fall over the
+step's pairs, one number a step. If its curve and that of `joint` coincide, NPO is an adaptive
+margin. Adam moves sigma by up to noise_lr |h|_1 a step. Sampling is always without the noise.
 
 Differs from the paper, or is not specified by it (ours unless said):
 
@@ -99,6 +99,20 @@ def noisy_token_logps(logits: Tensor, std: Tensor, eps: Tensor, targets: Tensor)
     return common.token_logps(logits.float() + std.float() * eps, targets)
 
 
+def noise_drop(logits: Tensor, std: Tensor, eps: Tensor) -> Tensor:
+    """How far the noise lowers a token's log-prob on average, in nats.
+
+    KL(pi || p_noise) = logsumexp(z + sigma eps) - logsumexp(z) - sum_v pi(v) sigma_v eps_v, whose
+    mean over eps is that of the fall log pi(y) - log p_noise(y), whichever token y is. Unlike a
+    single fall it is never below 0, and it varies far less.
+    logits z, std sigma, eps: [N, V] -> [N].
+    """
+    logits = logits.float()
+    shift = std.float() * eps  # [N, V]
+    mean_shift = (logits.softmax(-1) * shift).sum(-1)  # [N]
+    return (logits + shift).logsumexp(-1) - logits.logsumexp(-1) - mean_shift
+
+
 # --- same in dnpo.py, tso.py, sams.py: rewards ---
 def implicit_rewards(logps: Tensor, ref_logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """r = beta log pi_theta(y)/pi_ref(y) of the chosen and of the rejected answers.
@@ -135,14 +149,14 @@ def noise_losses(logps: Tensor, noisy_ref_logps: Tensor, beta: float) -> Tensor:
     return -preference_losses(chosen - rejected)
 
 
-def offset_ref_logps(noisy_ref_logps: Tensor, drop: Tensor, mean_drop: float) -> Tensor:
+def offset_ref_logps(noisy_ref_logps: Tensor, clean_logps: Tensor, mean_drop: float) -> Tensor:
     """The control: the noise of y- replaced by its mean fall. [B, 2], [B] -> [B, 2].
 
-    drop is log pi_{k-1}(y-) - log p_noise(y-) of each pair, mean_drop its mean over the step's.
-    Every margin falls by beta mean_drop, the same for all pairs.
+    clean_logps is log pi_{k-1}(y-), mean_drop the mean fall of the answers of the step's pairs.
+    Every margin is lowered by beta mean_drop, the same for all pairs.
     """
-    chosen, noisy = noisy_ref_logps.detach().unbind(1)
-    return torch.stack([chosen, noisy + drop - mean_drop], 1)
+    chosen = noisy_ref_logps[:, 0].detach()
+    return torch.stack([chosen, clean_logps - mean_drop], 1)
 
 
 # ------------------------------------------------------------------------- the noise
@@ -192,18 +206,19 @@ class NoisyReference(Scorer):
             with lm.device:  # "meta" if it will be sharded
                 self.noise = NoiseHead(width, vocabulary, init, seed)
 
-    def forward(self, ids: Tensor, mask: Tensor, seeds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, ids: Tensor, mask: Tensor, seeds: list[int]) -> tuple[Tensor, ...]:
         """Log-probs of B pairs, those of the rejected answers with noise.
 
         ids, mask: [2B, T], chosen first; one seed per rejected answer. Returns log-probs [2B], and
-        for each rejected answer how far the noise has lowered its log-prob, in nats, and the sum
-        over its tokens of mean_v(sigma^2): [B], [B].
+        of each rejected answer [B] its log-prob without the noise, and the sums over its tokens of
+        noise_drop and of mean_v(sigma^2).
         """
         B = len(ids) // 2
         if self.noise is None:
             zeros = torch.zeros(B, device=ids.device)
             with torch.no_grad():
-                return super().forward(ids, mask), zeros, zeros
+                logps = super().forward(ids, mask)
+            return logps, logps[B:], zeros, zeros
 
         with torch.no_grad():
             states, targets, row = self.hidden(ids, mask)  # [N, D], [N], [N]: of all 2B answers
@@ -215,46 +230,41 @@ class NoisyReference(Scorer):
         token_seeds = []
         for seed, length in zip(seeds, lengths):
             token_seeds.extend(range(seed, seed + length))
-        noisy_logps, drop, square = self.noisy_head(
-            states[rejected], targets[rejected], token_seeds
-        )
+        by_token = self.noisy_head(states[rejected], targets[rejected], token_seeds)
 
         pair = row[rejected] - B  # the pair of each rejected token
         chosen = common.sum_by_row(chosen_logps, row[~rejected], B)
-        noisy = common.sum_by_row(noisy_logps, pair, B)
-        logps = torch.cat([chosen, noisy])
-        return logps, common.sum_by_row(drop, pair, B), common.sum_by_row(square, pair, B)
+        noisy, clean, drop, square = [common.sum_by_row(values, pair, B) for values in by_token]
+        return torch.cat([chosen, noisy]), clean, drop, square
 
-    def noisy_head(
-        self, states: Tensor, targets: Tensor, seeds: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """noisy_chunk, CHUNK tokens at a time: [N, D], [N], N seeds -> [N], [N], [N].
+    def noisy_head(self, states: Tensor, targets: Tensor, seeds: list[int]) -> list[Tensor]:
+        """noisy_chunk, CHUNK tokens at a time: [N, D], [N], N seeds -> [N] each.
 
         Never more than CHUNK x V noisy logits are alive. The backward pass computes them again, and
         the seeds make it draw the same noise.
         """
-        logps, drops, squares = [], [], []
+        parts = []
         for start in range(0, len(states), common.CHUNK):
             end = start + common.CHUNK
             chunk = states[start:end], targets[start:end], seeds[start:end]
-            logp, drop, square = checkpoint(
+            part = checkpoint(
                 self.noisy_chunk, *chunk, use_reentrant=False, preserve_rng_state=False
             )
-            logps.append(logp)
-            drops.append(drop)
-            squares.append(square)
-        return torch.cat(logps), torch.cat(drops), torch.cat(squares)
+            parts.append(part)
+        return [torch.cat(values) for values in zip(*parts)]
 
     def noisy_chunk(
         self, states: Tensor, targets: Tensor, seeds: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """log p_noise of n tokens, how far it lies below log pi, and mean_v(sigma^2): [n] each."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log p_noise and log pi of n tokens, noise_drop and mean_v(sigma^2): [n] each."""
         logits = self.lm.lm_head(states)  # [n, V]
         std = self.noise(states)  # sigma [n, V]
         eps = draw(seeds, std.shape[1], states.device)  # [n, V]
+        with torch.no_grad():  # before the noisy logits are kept for the backward pass
+            clean_logps = common.token_logps(logits, targets)  # [n]
+            drop = noise_drop(logits, std, eps)  # [n]
         logps = noisy_token_logps(logits, std, eps, targets)  # [n]
-        drop = common.token_logps(logits, targets) - logps.detach()  # [n]
-        return logps, drop, std.float().square().mean(1)
+        return logps, clean_logps, drop, std.float().square().mean(1)
 
 
 # ------------------------------------------------------------------------- configuration
@@ -643,11 +653,13 @@ def descend(
             with autocast(c, device, policy), torch.set_grad_enabled(update != "noise"):
                 logps = common.by_pair(policy(ids, mask))  # [B, 2]
             with autocast(c, device, policy), torch.set_grad_enabled(update != "model"):
-                noisy_logps, drop, square = reference(ids, mask, seeds)  # [2B], [B], [B]
+                noisy_logps, clean_logps, drop, square = reference(
+                    ids, mask, seeds
+                )  # [2B], 3 x [B]
             noisy_ref_logps = common.by_pair(noisy_logps)  # [B, 2]
             ref_logps = noisy_ref_logps
             if update == "offset":
-                ref_logps = offset_ref_logps(noisy_ref_logps, drop, mean_drop)  # [B, 2]
+                ref_logps = offset_ref_logps(noisy_ref_logps, clean_logps, mean_drop)  # [B, 2]
 
             model_loss = model_losses(logps, ref_logps, c.beta)  # [B]
             noise_loss = noise_losses(logps, noisy_ref_logps, c.beta)  # [B]
@@ -693,7 +705,7 @@ def measure_drop(c, reference: nn.Module, micros: list[tuple], n: int) -> float:
     drops = {}
     for ids, mask, weight, seeds in micros:
         with torch.no_grad(), autocast(c, ids.device, reference):
-            _, drop, _ = reference(ids, mask, seeds)
+            _, _, drop, _ = reference(ids, mask, seeds)
         common.add_weighted(drops, {"drop": drop}, weight, n)
     return job.sum_ranks(drops)["drop"]
 
@@ -846,7 +858,7 @@ def training_summary(
         "pairs": len(encoded),
         "left_out": dict(left_out),
         "noise_std": steps[-1]["noise/std"] if at.npo else None,
-        "noise_drop": steps[-1]["noise/drop"] if at.npo else None,
+        "noise_drop": common.mean_or_none([m["noise/drop"] for m in steps if at.npo]),
         "grad_norm": sum(m["grad_norm"] for m in steps) / len(steps),
         "steps": len(steps),
     }
@@ -863,6 +875,8 @@ def show_plan(c, tok, rows: list[dict], test_rows: list[dict], dropped: Counter,
     judge = c.judge
     if judge == Config.judge:
         judge += " (an open reward model; the paper asks GPT-4o-mini)"
+    if c.judge_noise:
+        judge += f", {c.judge_noise:.0%} of its labels flipped"
     print(
         f"DNPO · {job.preset_note(c)} · {c.warmup_iterations} warm-up (SPIN) + {c.iterations} "
         f"iterations · labels {c.labels} · noise {c.noise_update if c.noise else 'off'} "

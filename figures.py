@@ -746,9 +746,8 @@ def dnpo_noise(kinds: list[Kind]) -> Drawn:
             measured["Average score"] = [dict(enumerate(values)) for values in scores]
 
         for ax, (quantity, found) in zip(axes, measured.items()):
-            ax.set_ylabel(quantity)
-            ax.set_xlabel("Iteration")
-            if not all(found) or not found:
+            ax.set(title=quantity, xlabel="Iteration")
+            if not found or not all(found):
                 continue
             mean, deviation = band([list(values.values()) for values in found])
             iterations = list(found[0])[: len(mean)]
@@ -757,7 +756,8 @@ def dnpo_noise(kinds: list[Kind]) -> Drawn:
                 row = {"runs": kind.name, "iteration": iteration, "quantity": quantity}
                 numbers.append({**row, "mean": mean[k], "std": deviation[k]})
 
-    legend(figure, axes[-1] if axes[-1].lines else axes[1])
+    fullest = max(axes, key=lambda ax: len(ax.lines))
+    legend(figure, fullest)
     return Drawn("dnpo-noise", figure, numbers)
 
 

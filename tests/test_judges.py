@@ -5,6 +5,7 @@ It is never invented.
 
 import contextlib
 import json
+import re
 import sys
 import threading
 import time
@@ -599,6 +600,19 @@ def test_a_local_model_is_held_to_the_form(world, tmp_path, monkeypatch):
         assert finish == "length"
     for text, _ in free:
         assert not set(text) <= set("ij")
+
+
+def test_every_number_of_the_scale_can_be_said_whatever_the_tokens(tmp_path, monkeypatch):
+    """One token a digit, or one a number: all of 1 to 100 are allowed, and whole answers fit."""
+    save_ascii_tokenizer(tmp_path)
+    judge = make_judge(f"hf:{tmp_path}", None)
+    assert judge.max_new_tokens >= len(judge.encode("100]]")) == len(judge.encode("tie]]"))
+
+    def whole_numbers(text):
+        return [int(part) if part.isdigit() else -1 for part in re.findall(r"\d+|\D", text)]
+
+    monkeypatch.setattr(judge, "encode", whole_numbers)
+    assert judge.allowed_tokens("Rating: [[") == [-1, *range(1, 101)]
 
 
 class Words(TextJudge):

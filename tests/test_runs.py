@@ -783,7 +783,8 @@ def test_the_reported_numbers_are_those_of_the_files(plain, world):
     assert spin["noise_std"] is None
     assert npo["noise_std"] == steps[-1]["noise/std"]
     assert spin["noise_drop"] is None
-    assert npo["noise_drop"] == steps[-1]["noise/drop"]
+    drops = [line["noise/drop"] for line in steps[3:]]
+    assert npo["noise_drop"] == pytest.approx(sum(drops) / 3)
     norms = [line["grad_norm"] for line in steps]
     assert npo["grad_norm"] == pytest.approx(sum(norms[3:]) / 3)
 
@@ -1034,8 +1035,9 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(monkeypatch, flags, tmp_pat
     """The example's parts with and without loss, counts and steps; no folder, no model."""
     monkeypatch.setattr(dnpo, "load_lm", no_model)
     monkeypatch.setattr(common, "load_lm", no_model)
-    run(monkeypatch, dnpo, *flags(tmp_path / "run"), "--dry_run")
+    run(monkeypatch, dnpo, *flags(tmp_path / "run", judge_noise=0.2), "--dry_run")
     text = capsys.readouterr().out
+    assert "judge toy, 20% of its labels flipped\n" in text
     assert "37 training, 16 held-out prompts" in text
     assert "at most 3 steps" in text
     assert "no loss: '<bos><|user|>" in text
