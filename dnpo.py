@@ -37,9 +37,8 @@ Differs from the paper, or is not specified by it (ours unless said):
     (else the terms cancel): L = l(m, sigma detached) - l(m, theta detached) + alpha mean(sigma^2).
     `--noise_update alternating` is the paper's Fig. 3: a noise step, then a model step, noise anew.
  3. Sigma's start, alpha and the noise's lr are not published; sigma starts afresh each iteration.
-    `--noise_init 0.1` (W = 0, b = 0.1) is off in all but name: 0.2 nats an answer on a 135M model
-    with answers of 55 tokens, where 0.5 has 3 and `linear`, nn.Linear's own start, 36. The default
-    is the largest start that cost nothing in our sweep (RESULTS.md).
+    `--noise_init 0.1` (W = 0, b = 0.1) is off in all but name: 0.2 nats an answer of 55 tokens on a
+    135M model; 0.5 has 3, `linear`, nn.Linear's own start, 36. For 0.5 see RESULTS.md: sweep.
  4. Iteration k starts from pi_{k-1} with a fresh optimizer and learning-rate curve; the authors'
     code, from the base model. The paper's iteration 0 is our 1, plain SPIN.
  5. The judge's rubric (common.py) is in our words, by the criteria and the scale of one in the

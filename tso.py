@@ -28,7 +28,8 @@ Differs from the paper, or is not specified by it (ours unless said):
 
  1. The paper's formula of L_dual-clip is not public. This one has the two properties that its
     Figs. 3 and 4 show. Another reading goes into dual_clip_losses; `clipped`, which only reports,
-    must follow it.
+    must follow it. Published relatives, which also bound a side: DPO-Shift (2502.07599),
+    Bounded-DPO (2506.12725) and APO-zero (2408.06266), which docs/forking.md puts in.
  2. The paper's models are not public either: the paper preset takes one public family in two sizes.
     It names no older version, so that with one round its matrix has scales only: give --older, or
     --rounds 2 or more. Its "human" answers are UltraFeedback's, which models have written.

@@ -955,7 +955,7 @@ def test_pretraining_rewards_the_sft_loss_and_the_encoder_is_then_frozen(
 ):
     """Three rounds: the loss is the mean of -log pi(y_w) / |y_w|, and rho that of exp(-loss).
 
-    The encoder has learned; the training's bandit has its weights and does not change a bit of
+    kappa has log pi(y_w) / |y_w| in the place of the margin. The encoder has learned; the training's bandit has its weights and does not change a bit of
     them, while its f_S and f_S' start anew. The policy starts as it was.
     """
     bandits, first_weights = [], []
@@ -967,7 +967,8 @@ def test_pretraining_rewards_the_sft_loss_and_the_encoder_is_then_frozen(
         return bandits[-1]
 
     monkeypatch.setattr(sams, "make_bandit", keep_bandit)
-    run(monkeypatch, sams, *flags(tmp_path / "run", pretrain_rounds=3, selector_lr=1e-2))
+    more = {"pretrain_rounds": 3, "selector_lr": 1e-2, "fit": "all", "uncertainty_weight": 1}
+    run(monkeypatch, sams, *flags(tmp_path / "run", **more))
 
     saved = torch.load(tmp_path / "run" / "pretrain" / "encoder.pt")
     pretraining, training = [bandit.selector.state_dict() for bandit in bandits]
@@ -988,17 +989,22 @@ def test_pretraining_rewards_the_sft_loss_and_the_encoder_is_then_frozen(
     order = random.Random(job.seed_of(0, "pretrain", 0)).sample(range(60), 60)
     rounds = metrics(tmp_path / "run" / "pretrain")
     assert len(rounds) == 3
-    bounded = []
+    bounded, kappas, rhos = [], [], []
     for t, line in enumerate(rounds):
-        per_token = []
+        logps, per_token = [], []
         for i in order[16 * t : 16 * (t + 1)]:
             with torch.no_grad():
-                logp = naive_logp(lm, pairs[i].prompt, pairs[i].chosen).item()
-            per_token.append(logp / len(pairs[i].chosen))
+                logps.append(naive_logp(lm, pairs[i].prompt, pairs[i].chosen).item())
+            per_token.append(logps[-1] / len(pairs[i].chosen))
         assert line["loss"] == near(-mean(per_token))
         bounded.append(-mean([math.exp(value) for value in per_token]))
+        kappas.append(naive_kappa(per_token, logps, 1, 1))
         if t > 0:
-            assert line["selector/rho"] == pytest.approx(naive_rho(*bounded[-2:]), abs=1e-5)
+            rhos.append(naive_rho(*bounded[-2:]))
+            assert line["selector/rho"] == pytest.approx(rhos[-1], abs=1e-5)
+            smoothed = (rhos[-1] + mean(rhos)) / 2
+            r = [naive_reward(smoothed, kappa, 0.2) for kappa in kappas[t - 1]]
+            assert line["selector/reward"] == pytest.approx(mean(r), abs=1e-4)
     assert "selector/rho" not in rounds[0]
 
 
