@@ -119,7 +119,7 @@ def test_another_noise(monkeypatch, world, tmp_path):
 
 
 def test_another_reading_of_the_dual_clip(monkeypatch, world, tmp_path):
-    """The fork of tso.py starts at 1, and whatever the rejected side did leaves the chosen alone."""
+    """The fork of tso.py starts at 1, and what the rejected side did leaves the chosen alone."""
     module = forked_module(tmp_path, "tso.py")
     losses = module.dual_clip_losses
     chosen = torch.zeros(1, requires_grad=True)
