@@ -955,9 +955,9 @@ def test_pretraining_rewards_the_sft_loss_and_the_encoder_is_then_frozen(
 ):
     """Three rounds: the loss is the mean of -log pi(y_w) / |y_w|, and rho that of exp(-loss).
 
-    kappa has log pi(y_w) / |y_w| in the place of the margin. The encoder has learned; the training's
-    bandit has its weights and does not change a bit of them, while its f_S and f_S' start anew. The
-    policy starts as it was.
+    kappa has log pi(y_w) / |y_w| in the place of the margin. The encoder has learned; the bandit of
+    the training has its weights and does not change a bit of them, while its f_S and f_S' start
+    anew. The policy starts as it was.
     """
     bandits, first_weights = [], []
     make_bandit = sams.make_bandit
