@@ -798,14 +798,7 @@ def pretraining_round(
     return sums, learned
 
 
-def train(
-    c,
-    data: Data,
-    held: Data,
-    start: Model,
-    folder: Path,
-    encoder: dict[str, Tensor] | None = None,
-):
+def train(c, data: Data, held: Data, start: Model, folder: Path, encoder: dict | None = None):
     """Trains the policy from `start` on the pairs that --select picks, into folder/checkpoint.
 
     encoder: the weights of a pretrained encoder, which is then frozen. Training states go to
