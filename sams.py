@@ -129,9 +129,12 @@ def batch_reward(before: float, after: float) -> float:
 
 
 def min_max(x: Tensor) -> Tensor:
-    """(x - min) / (max - min), and 0.5 everywhere where all are equal. [n] -> [n]."""
+    """(x - min) / (max - min), and 0.5 everywhere where all are equal. [n] -> [n].
+
+    A range below 1e-4 is rounding: before the first step all margins are 0 up to that.
+    """
     low, high = x.min(), x.max()
-    if high > low:
+    if high - low > 1e-4:
         return (x - low) / (high - low)
     return torch.full_like(x, 0.5)
 
@@ -213,13 +216,18 @@ class PoolingScorer(Scorer):
     def __init__(self, lm):
         super().__init__(lm)
         self.mask, self.pooled = None, {}  # the mask is set during a pass to be pooled
-        for i, layer in enumerate(lm.model.layers):
+        for i, layer in enumerate(common.blocks(lm)):
             layer.register_forward_hook(functools.partial(self.pool, i))
 
     def pool(self, i: int, layer, args, out):
         if self.mask is None:
             return
-        states = out[0] if isinstance(out, tuple) else out  # [S, T, D]
+        states = out[0] if isinstance(out, (tuple, list)) else out  # [S, T, D]
+        if states.shape[:-1] != self.mask.shape:
+            job.die(
+                f"--select topk, sample: the decoder blocks of {self.lm.config.model_type} models "
+                f"give {list(states.shape)}, not [S, T, D], so that there are no contexts"
+            )
         summed = (states.float() * self.mask[..., None]).sum(1)  # [S, D]
         self.pooled[i] = summed / self.mask.sum(1, keepdim=True)
 
@@ -233,7 +241,7 @@ class PoolingScorer(Scorer):
         self.mask = None
         if not pool:
             return logps, None
-        layers = [self.pooled.pop(i) for i in range(len(self.lm.model.layers))]
+        layers = [self.pooled.pop(i) for i in range(len(common.blocks(self.lm)))]
         return logps, torch.stack(layers, 1)
 
 
@@ -651,10 +659,10 @@ def gather(share: Tensor, n: int) -> Tensor:
 def make_bandit(c, policy: nn.Module, device) -> Bandit:
     """A new bandit for contexts of this policy."""
     lm = getattr(policy, "module", policy).lm  # DDP holds the scorer as .module
-    width = lm.config.hidden_size
+    width = lm.config.get_text_config(decoder=True).hidden_size
     if c.context == "both":
         width *= 2
-    return Bandit(len(lm.model.layers), width, c, device)
+    return Bandit(len(common.blocks(lm)), width, c, device)
 
 
 def pick(
@@ -868,7 +876,7 @@ def prepare(c, device) -> tuple[Model, list[Pair], list[bool], list[Pair]]:
     """
     rows, test_rows, dropped = datafiles.load_split(c.data, c.test, "pair", c.limit, c.test_pairs)
     tok, config = common.load_tokenizer(c.model)
-    common.check_context(c.model, config, c.max_prompt, c.max_response)
+    common.check_model(c.model, config, c.max_prompt, c.max_response)
 
     pairs, flipped = [], []
     rows = flip_labels(rows, c.flip, c.seed)
@@ -929,7 +937,9 @@ def show_plan(c, tok, pairs, held, flipped: list[bool], dropped: Counter, device
         f"{len(held)} held-out pairs" + job.left_out_note(dropped)
     )
     print(job.batch_note(c, f"{len(step_order(n, c))} steps", device))
-    print(job.memory_plan(lm_shapes(c.model), c, chunk=common.CHUNK, reference=False))
+    lm = lm_shapes(c.model)
+    what = {"layers": common.blocks(lm), "chunk": common.CHUNK}
+    print(job.memory_plan(lm, c, reference=False, **what))
 
     prompt, chosen, rejected, _ = pairs[0]
     print(f"example, no loss: {tok.decode(prompt)!r}")
@@ -1006,7 +1016,7 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     """
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
-    layers = module.lm.model.layers
+    layers = common.blocks(module.lm)
 
     if c.activation_checkpointing and any(p.requires_grad for p in module.lm.parameters()):
         for layer in layers:
@@ -1015,7 +1025,9 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     if not sharded:
         module = module.to(device)
         trained = any(p.requires_grad for p in module.parameters())
-        return DDP(module) if dist.is_initialized() and trained else module
+        if dist.is_initialized() and trained:
+            return DDP(module, find_unused_parameters=module.unused)
+        return module
 
     full = None
     if job.on_rank_0():

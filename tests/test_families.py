@@ -1,0 +1,306 @@
+"""Model families: tiny random models of each, against their own full forward pass.
+
+The weights are larger than at an initialisation, so that what follows a head (a scale, a soft cap)
+and what a block does to its neighbours can be seen in the log-probs.
+"""
+
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import as_flags, lines, metrics, refused, run, together, weights
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    CohereConfig,
+    Ernie4_5_MoeConfig,
+    FalconH1Config,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    ModernBertDecoderConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    SmolLM3Config,
+    T5Config,
+)
+
+import common
+import dnpo
+import evaluate
+import job
+import sams
+import toy
+import tso
+
+CPU = torch.device("cpu")
+V = 100  # vocabulary
+SHAPE = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GPT = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+LONG.update(rope_theta=1e4, original_max_position_embeddings=32)
+EYES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}
+
+
+def shape(kind, **more):
+    """A config of a family, in the shape that all share."""
+    return kind(**{**SHAPE, **more})
+
+
+def seeing(**more):
+    """Gemma-3 with eyes: its text model is wrapped."""
+    text = {**SHAPE, "sliding_window": 4, **more}
+    return Gemma3Config(
+        text_config=text,
+        vision_config=EYES,
+        mm_tokens_per_image=4,
+        image_token_index=90,
+        boi_token_index=91,
+        eoi_token_index=92,
+    )
+
+
+FAMILIES = {
+    "Llama": shape(LlamaConfig),
+    "Llama, dynamic rope": shape(LlamaConfig, rope_parameters=DYNAMIC),
+    "Mistral, window": shape(MistralConfig, sliding_window=4),
+    "Qwen2": shape(Qwen2Config),
+    "Qwen3": shape(Qwen3Config),
+    "Qwen3-MoE": shape(Qwen3MoeConfig, decoder_sparse_step=1, **EXPERTS),
+    "Qwen3-Next, linear alone": shape(Qwen3NextConfig, **EXPERTS),
+    "ERNIE-4.5-MoE": shape(Ernie4_5_MoeConfig, moe_num_experts=4, moe_k=2, **EXPERTS),
+    "Gemma-2": shape(Gemma2Config, sliding_window=4, final_logit_softcapping=1.0),
+    "Gemma-3 text": shape(Gemma3TextConfig, sliding_window=4),
+    "Gemma-3 with eyes": seeing(),
+    "Phi-3": shape(Phi3Config),
+    "Phi-3, long rope": shape(Phi3Config, rope_parameters=LONG),
+    "OLMo-2": shape(Olmo2Config),
+    "SmolLM3": shape(SmolLM3Config),
+    "Granite": shape(GraniteConfig, logits_scaling=0.25),
+    "Cohere": shape(CohereConfig, logit_scale=4.0),
+    "Falcon-H1": shape(FalconH1Config, lm_head_multiplier=4.0, mamba_d_state=8, **MAMBA),
+    "GPT-NeoX": shape(GPTNeoXConfig),
+    "GPT-2": GPT2Config(**GPT, bos_token_id=1, eos_token_id=2),
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """folder_of(name or config): the folder of a model of a family, with the toy tokenizer."""
+    made = {}
+
+    def make(what, name: str = "", seed: int = 0):
+        name = name or what
+        if name not in made:
+            torch.manual_seed(seed)
+            config = FAMILIES[what] if isinstance(what, str) else what
+            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for p in lm.parameters():
+                if p.dim() > 1:
+                    p.data *= 6
+            made[name] = tmp_path_factory.mktemp("family")
+            lm.save_pretrained(made[name])
+            toy.tokenizer().save_pretrained(made[name])
+        return made[name]
+
+    return make
+
+
+# prompt and response ids of sequences of unequal length
+SEQUENCES = [([1, 40, 41, 7], [50, 9, 51, 52, 30, 31, 32, 70, 71, 72, 73, 74]), ([1, 60], [8, 61])]
+
+
+def own_logits(lm, ids: list[int]) -> torch.Tensor:
+    """The model's own logits for one sequence alone: [T, V]."""
+    return lm(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+def own_logp(lm, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """log pi(response|prompt), token by token, from the model's own logits."""
+    logps = own_logits(lm, prompt + response).log_softmax(-1)
+    total = 0.0
+    for t, token in enumerate(response):
+        total = total + logps[len(prompt) + t - 1, token]
+    return total
+
+
+def block_outputs(lm, ids: list[int]) -> list[torch.Tensor]:
+    """What each decoder block gives for one sequence alone: L tensors [T, D]."""
+    states = lm(input_ids=torch.tensor([ids]), use_cache=False, output_hidden_states=True)
+    return [layer[0] for layer in states.hidden_states]
+
+
+def sharp(folder):
+    """A model that is loaded by nothing of ours."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+# ---------------------------------------------------------------- what works
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_log_probs_of_a_padded_batch_are_the_models_own_of_each_sequence_alone(folder_of, name):
+    """log pi(y|x) of two sequences of unequal length, and every block's mean state over y.
+
+    The block before the last norm has no hidden state of its own in transformers: those before it
+    are compared.
+    """
+    scorer = sams.PoolingScorer(common.load_lm(str(folder_of(name)), torch.float32, CPU))
+    lm = sharp(folder_of(name))
+    with torch.no_grad():
+        logps, pooled = scorer(*common.collate(SEQUENCES, CPU), pool=True)
+        for i, (prompt, response) in enumerate(SEQUENCES):
+            wanted = own_logp(lm, prompt, response)
+            assert logps[i].item() == pytest.approx(wanted.item(), abs=1e-4)
+
+            layers = block_outputs(lm, prompt + response)[1:-1]
+            assert pooled.shape == (2, len(layers) + 1, 32)
+            for layer, states in enumerate(layers):
+                mean = states[len(prompt) :].mean(0)
+                torch.testing.assert_close(pooled[i, layer], mean, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_answers_of_a_padded_batch_are_those_of_each_prompt_alone(folder_of, name):
+    """Eight tokens each, against the largest of the model's own logits, without any cache."""
+    lm = common.load_lm(str(folder_of(name)), torch.float32, CPU)
+    prompts = [[1, 40, 41, 42, 43, 44, 45, 46, 47], [1, 60, 61], [5]]
+    drawn = common.sample(lm, Ids(), prompts, 0.0, 8, seed=0)
+    for prompt, (text, _) in zip(prompts, drawn):
+        ids = list(prompt)
+        with torch.no_grad():
+            while len(ids) < len(prompt) + 8:
+                token = own_logits(lm, ids)[-1].argmax().item()
+                if token == 2:
+                    break
+                ids.append(token)
+        assert text == str(ids[len(prompt) :])
+
+
+class Ids:
+    """A tokenizer whose texts are lists of ids."""
+
+    eos_token_id = 2
+
+    def decode(self, ids, **more) -> str:
+        return str(ids)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_with_recomputed_activations_are_those_of_the_models_own_log_probs(
+    folder_of, name
+):
+    """The model as `shard` makes it for training, against backpropagation through its forward."""
+    c = sams.Config(dtype="float32", activation_checkpointing=True)
+    scorer = sams.shard(sams.PoolingScorer, str(folder_of(name)), c, CPU)
+    logps, _ = scorer(*common.collate(SEQUENCES, CPU))
+    (logps * torch.tensor([1.0, -2.0])).sum().backward()
+
+    lm = sharp(folder_of(name))
+    chosen, rejected = (own_logp(lm, *sequence) for sequence in SEQUENCES)
+    (chosen - 2 * rejected).backward()
+    for (name, p), (_, own) in zip(scorer.lm.named_parameters(), lm.named_parameters()):
+        if own.grad is None:
+            assert p.grad is None, name
+        else:
+            torch.testing.assert_close(p.grad, own.grad, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_saved_model_is_loaded_again(folder_of, tmp_path, name):
+    """save_checkpoint writes what from_pretrained reads: the same log-probs to the bit."""
+    source = str(folder_of(name))
+    scorer = common.Scorer(common.load_lm(source, torch.float32, CPU))
+    with torch.no_grad():
+        for p in scorer.parameters():
+            p += 0.01 * torch.ones_like(p).cumsum(0) / len(p)
+        saved = own_logp(scorer.lm, *SEQUENCES[0])
+    job.save_checkpoint(tmp_path / "checkpoint", scorer, toy.tokenizer(), source)
+    with torch.no_grad():
+        assert own_logp(sharp(tmp_path / "checkpoint"), *SEQUENCES[0]) == saved
+
+
+def run_flags(world, folder, out, **more) -> list[str]:
+    """Flags of three steps of a script from a family's model."""
+    flags = {
+        "preset": "toy",
+        "model": folder,
+        "limit": 24,
+        "batch": 8,
+        "micro_batch": 4,
+        "max_response": 16,
+        "max_prompt": 32,
+        "max_steps": 3,
+        "out": out,
+    }
+    flags.update(more)
+    return as_flags(flags)
+
+
+def script_flags(module, world, folder, out, **more) -> list[str]:
+    """The same, with what each script needs."""
+    if module is sams:
+        own = {"data": world / "pairs.jsonl", "test_pairs": 4, "reference": out / "reference"}
+    else:
+        own = {"data": world / "train.jsonl", "test": world / "test.jsonl", "test_prompts": 4}
+    if module is dnpo:
+        own.update(warmup_iterations=0, iterations=1, noise_init=1.0, epochs=1)
+    if module is tso:
+        own.update(older=folder, smaller=folder, negatives="smaller", slices=1, n_scores=0)
+    return run_flags(world, folder, out / "run", **own, **more)
+
+
+TRAINED = {dnpo: "iter1", tso: "round1-slice1", sams: ""}
+
+
+@pytest.mark.parametrize("module", TRAINED, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("name", ["Gemma-2", "GPT-NeoX", "Gemma-3 with eyes"])
+def test_a_script_trains_three_steps(monkeypatch, world, folder_of, tmp_path, module, name):
+    """A whole run, header to checkpoint, whose weights have moved and are finite."""
+    folder = folder_of(name)
+    run(monkeypatch, module, *script_flags(module, world, folder, tmp_path))
+    steps = metrics(tmp_path / "run")
+    assert [m["step"] for m in steps] == [1, 2, 3]
+    assert all(math.isfinite(m["loss"]) and m["grad_norm"] > 0 for m in steps)
+
+    before, after = weights(folder), weights(tmp_path / "run" / TRAINED[module] / "checkpoint")
+    assert before.keys() == after.keys()
+    moved = [key for key in before if not torch.equal(before[key], after[key])]
+    text = [key for key in before if "vision" not in key and "projector" not in key]
+    assert moved == text
+    assert all(tensor.isfinite().all() for tensor in after.values())
