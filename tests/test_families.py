@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import as_flags, lines, metrics, refused, run, together, weights
+from conftest import as_flags, metrics, refused, run, together, weights
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -40,7 +40,6 @@ from transformers import (
 
 import common
 import dnpo
-import evaluate
 import job
 import sams
 import toy
@@ -66,6 +65,7 @@ GPT = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 LONG.update(rope_theta=1e4, original_max_position_embeddings=32)
+PHI3 = {"rope_parameters": LONG, "original_max_position_embeddings": 32}
 EYES = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -108,7 +108,7 @@ FAMILIES = {
     "Gemma-3 text": shape(Gemma3TextConfig, sliding_window=4),
     "Gemma-3 with eyes": seeing(),
     "Phi-3": shape(Phi3Config),
-    "Phi-3, long rope": shape(Phi3Config, rope_parameters=LONG),
+    "Phi-3, long rope": shape(Phi3Config, **PHI3),
     "OLMo-2": shape(Olmo2Config),
     "SmolLM3": shape(SmolLM3Config),
     "Granite": shape(GraniteConfig, logits_scaling=0.25),
@@ -304,3 +304,203 @@ def test_a_script_trains_three_steps(monkeypatch, world, folder_of, tmp_path, mo
     text = [key for key in before if "vision" not in key and "projector" not in key]
     assert moved == text
     assert all(tensor.isfinite().all() for tensor in after.values())
+
+
+def test_ranks_that_replicate_or_shard_any_family_train_as_one_process(
+    monkeypatch, world, folder_of, tmp_path
+):
+    """DDP where parameters never get a gradient (an expert's correction bias, eyes), and FSDP.
+
+    The same pairs are selected as in one process, and the same model comes out. (Not the same
+    weights: a bias of attention keys has no gradient but rounding.)
+    """
+    cases = [
+        ("ERNIE-4.5-MoE", "ddp"),
+        ("Gemma-3 with eyes", "ddp"),
+        ("Gemma-3 with eyes", "fsdp"),
+        ("GPT-NeoX", "fsdp"),
+        ("Gemma-2", "fsdp"),
+    ]
+    runs, folders = [], []
+    for name, parallel in cases:
+        one, two = tmp_path / f"{name} one {parallel}", tmp_path / f"{name} two {parallel}"
+        more = {"parallel": parallel, "activation_checkpointing": True, "save_every": 1, "lr": 1e-3}
+        run(monkeypatch, sams, *script_flags(sams, world, folder_of(name), one, **more))
+        flags = script_flags(sams, world, folder_of(name), two, **more)
+        runs.append((2, False, flags))
+        folders.append((one / "run", two / "run"))
+    together(sams, tmp_path, 2, runs)
+
+    for one, two in folders:
+        selected = [m["selected/indices"] for m in metrics(one)]
+        assert [m["selected/indices"] for m in metrics(two)] == selected
+        with torch.no_grad():
+            for sequence in SEQUENCES:
+                a = own_logp(sharp(one / "checkpoint"), *sequence)
+                b = own_logp(sharp(two / "checkpoint"), *sequence)
+                assert b.item() == pytest.approx(a.item(), abs=1e-3)
+
+
+def test_margins_within_rounding_are_all_equal():
+    """min-max of a range below 1e-4 is 0.5 everywhere; of a larger one it is not."""
+    rounding = torch.tensor([0.0, 9e-6, -8e-5])
+    assert sams.min_max(rounding).tolist() == [0.5] * 3
+    assert sams.min_max(rounding - 40).tolist() == [0.5] * 3
+    assert sams.min_max(torch.tensor([0.0, 1.0, 2.0]) * 2e-4).tolist() == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("name", ["Gemma-2", "Granite"])
+def test_the_noise_comes_after_the_soft_cap_and_the_scale(folder_of, name):
+    """log p_noise of a rejected answer, from the model's own logits plus sigma eps."""
+    lm = sharp(folder_of(name))
+    reference = dnpo.NoisyReference(sharp(folder_of(name)), init=2.0)
+    logps, sigma, square = reference(*common.collate(SEQUENCES, CPU), seeds=[5])
+
+    prompt, response = SEQUENCES[1]
+    with torch.no_grad():
+        logits = own_logits(lm, prompt + response)[len(prompt) - 1 : -1]
+        chosen = own_logp(lm, *SEQUENCES[0])
+    eps = dnpo.draw([5, 6], V, CPU)
+    noisy = (logits + 2.0 * eps).log_softmax(-1)
+    wanted = noisy[range(len(response)), response].sum()
+    assert logps[1].item() == pytest.approx(wanted.item(), abs=1e-4)
+    assert logps[0].item() == pytest.approx(chosen.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Gemma-3 with eyes"])
+def test_the_memory_plan_leaves_out_what_a_config_does_not_say(folder_of, name):
+    """GPT-2 has no intermediate_size: no activations are counted. A wrapper's text config counts.
+
+    Weights are 4 bytes each, whatever the config says.
+    """
+    lm = common.lm_shapes(str(folder_of(name)))
+    c = dnpo.Config(parallel="none")
+    what = {"layers": common.blocks(lm), "chunk": common.CHUNK}
+    parts = job.memory_parts(lm, c, reference=True, **what)
+    numbers = sum(p.numel() for p in sharp(folder_of(name)).parameters())
+    assert parts["weights"] == 4 * numbers
+    assert ("activations up to about" in parts) == (name != "GPT-2")
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+REFUSED = {
+    "decoder blocks of bert models were not found": shape(BertConfig),
+    "an encoder-decoder": T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2),
+    "without attention": MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2),
+    "quantised": shape(LlamaConfig, quantization_config={"quant_method": "fp8"}),
+    "context of 16 tokens": GPT2Config(**{**GPT, "n_positions": 16}),
+    "context of 32 tokens": FAMILIES["Phi-3, long rope"],
+}
+
+
+@pytest.mark.parametrize("module", [dnpo, tso, sams], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("complaint", REFUSED)
+def test_a_model_that_cannot_be_trained_is_one_line_before_the_plan(
+    monkeypatch, capsys, world, tmp_path, module, complaint
+):
+    """A kind of model, or a length at which rope scaling would depend on the batch."""
+    REFUSED[complaint].save_pretrained(tmp_path / "model")
+    toy.tokenizer().save_pretrained(tmp_path / "model")
+    flags = script_flags(module, world, tmp_path / "model", tmp_path)
+    assert complaint in refused(monkeypatch, capsys, module, flags)
+    assert not (tmp_path / "run").exists()
+
+
+UNKNOWN = {
+    "hyperclovax": shape(HyperCLOVAXConfig, logits_scaling=4.0),  # others divide by it
+    "modernbert-decoder": shape(ModernBertDecoderConfig),  # a layer between states and head
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_a_model_whose_log_probs_would_be_wrong_is_one_line(capsys, folder_of, kind):
+    """No Scorer is made of it, of whatever kind; sampling needs none."""
+    lm = common.load_lm(str(folder_of(UNKNOWN[kind], kind)), torch.float32, CPU)
+    for wrap in (common.Scorer, sams.PoolingScorer, lambda lm: dnpo.NoisyReference(lm, 0.1)):
+        with pytest.raises(SystemExit) as stop:
+            wrap(lm)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert err.count("\n") == 1
+        assert f"log-probs of this kind of model ({kind}) would be wrong by" in err
+
+
+def test_a_model_that_fails_the_check_ends_a_run(monkeypatch, capsys, world, folder_of, tmp_path):
+    """One line and exit code 2 when it is loaded to be trained; no checkpoint is left."""
+    folder = folder_of(UNKNOWN["hyperclovax"], "hyperclovax")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, sams, *script_flags(sams, world, folder, tmp_path))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("would be wrong by") == 1
+    assert not list(tmp_path.rglob("checkpoint"))
+
+
+def test_scaled_rope_is_one_function_up_to_the_length_of_its_pretraining(capsys, folder_of):
+    """Beyond it the frequencies depend on the longest sequence of the batch: one line.
+
+    context_of says where: for every type of layer, and in a wrapper's text config.
+    """
+    assert common.context_of(FAMILIES["Phi-3, long rope"]) == 32
+    assert common.context_of(FAMILIES["Llama, dynamic rope"]) == 64
+    assert common.context_of(FAMILIES["Gemma-3 with eyes"]) == 64
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    layers = {"sliding_attention": plain, "full_attention": {**LONG, "short_factor": [1.0] * 4}}
+    assert common.context_of(shape(Gemma3TextConfig, rope_parameters=layers)) == 32
+    assert common.context_of(MambaConfig()) > 10**9
+
+    lm = common.load_lm(str(folder_of("Phi-3, long rope")), torch.float32, CPU)
+    scorer = common.Scorer(lm)
+    long = [1] * 32
+    scorer(*common.collate([(long[:1], long[1:])], CPU))
+    with pytest.raises(SystemExit):
+        scorer(*common.collate([(long, [5]), *SEQUENCES], CPU))
+    assert "33 tokens are more than the model's context of 32" in capsys.readouterr().err
+
+
+def test_blocks_that_give_no_states_are_one_line_of_sams_alone(monkeypatch, capsys, folder_of):
+    """Contexts need [S, T, D] of each block; log-probs don't."""
+    scorer = sams.PoolingScorer(common.load_lm(str(folder_of("Llama")), torch.float32, CPU))
+    block = common.blocks(scorer.lm)[0]
+    args = common.collate(SEQUENCES, CPU)
+    logps, _ = scorer(*args)
+    streams = torch.zeros(*args[0].shape, 4, 32)  # as DeepSeek-V4's, which is widened to 4 streams
+    scorer.mask = args[1]
+    with pytest.raises(SystemExit) as stop:
+        scorer.pool(0, block, (), streams)
+    assert stop.value.code == 2
+    assert "give [2, 16, 4, 32], not [S, T, D]" in capsys.readouterr().err
+    assert torch.equal(scorer(*args)[0], logps)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"])
+def test_weights_that_cannot_be_read_are_one_line(capsys, folder_of, tmp_path, content):
+    """A pointer to a file elsewhere, or a file that was cut."""
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of("Llama"), folder)
+    file = folder / "model.safetensors"
+    for wrong in (content, file.read_bytes()[:-100]):
+        file.write_bytes(wrong)
+        with pytest.raises(SystemExit) as stop:
+            common.load_lm(str(folder), torch.float32, CPU)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert err.startswith(f"error: {folder}: its weights can't be loaded (")
+        assert err.count("\n") == 1
+
+
+def test_a_model_is_told_from_another_one_by_its_weights_of_any_format(tmp_path):
+    """Size and time of *.safetensors and *.bin; a config or a template is no weight."""
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        file = tmp_path / name
+        file.write_bytes(b"1234")
+        before = common.identity(str(tmp_path), None)
+        os.utime(file, ns=(1, 1))
+        assert common.identity(str(tmp_path), None) != before
+    (tmp_path / "config.json").write_text("{ }")
+    assert common.identity(str(tmp_path), None)[1] == [
+        ("model.safetensors", 4, 1),
+        ("pytorch_model.bin", 4, 1),
+    ]
