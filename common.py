@@ -505,7 +505,7 @@ def read_weights(kind, path: str, dtype: torch.dtype):
 
 def first_line(fault: Exception) -> str:
     """An exception in one line."""
-    return " ".join(f"{type(fault).__name__}: {fault}".split("\n")[:1])
+    return f"{type(fault).__name__}: {fault}".split("\n")[0]
 
 
 def load_lm(path: str, dtype: torch.dtype, device):

@@ -595,7 +595,7 @@ def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str):
             lm.generation_config = GenerationConfig.from_pretrained(source)
 
         weights = {name.removeprefix("lm."): value for name, value in state.items()}
-        if lm.config.get_text_config(decoder=True).tie_word_embeddings:
+        if lm.config.tie_word_embeddings:
             for name in lm._tied_weights_keys or {}:
                 weights.pop(name, None)  # it is the embedding, which is saved once
         with all_or_nothing(folder) as temporary:
