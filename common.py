@@ -47,8 +47,8 @@ CHUNK = 512
 def load_tokenizer(path: str):
     """Returns (tokenizer, config) of a model folder or Hub id, before any weights are read.
 
-    Ends the program where the model can't be used for chat. Which models can be trained is what
-    check_model and Scorer.check say.
+    Ends the program where the model can't be used for chat. Any causal decoder of transformers with
+    attention can be sampled from; which can be trained is what check_model and Scorer.check say.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
@@ -70,20 +70,20 @@ def load_tokenizer(path: str):
         )
     if tok.eos_token_id is None:
         job.die(f"{path}: its tokenizer has no end-of-sequence token")
+    text = config.get_text_config(decoder=True)
+    if "num_attention_heads" not in {**text.to_dict(), **text.attribute_map}:
+        job.die(f"{path}: a model without attention ({config.model_type}) is not supported")
     return tok, config
 
 
 def check_model(path: str, config, max_prompt: int, max_response: int):
     """Ends the program if a model can't be trained, or not on sequences of these lengths.
 
-    What is wanted is a causal decoder with attention, in full precision. Scorer.check looks at the
-    rest when the weights are there.
+    What is wanted is a causal decoder in full precision. Scorer.check looks at the rest when the
+    weights are there.
     """
-    text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         job.die(f"{path}: an encoder-decoder ({config.model_type}), not a causal decoder")
-    if getattr(text, "num_attention_heads", None) is None:
-        job.die(f"{path}: a model without attention ({config.model_type}) is not supported")
     if getattr(config, "quantization_config", None):
         job.die(f"{path}: its weights are quantised; training needs them in full precision")
     blocks(lm_shapes(path))
@@ -288,17 +288,21 @@ def block_list(module: nn.Module) -> nn.ModuleList | None:
 
 
 def scale_and_cap(config) -> tuple[float, float | None]:
-    """What stands between a head and the logits: z <- scale z, then z <- cap tanh(z / cap)."""
-    text = config.get_text_config(decoder=True)
+    """What stands between a head and the logits: z <- scale z, then z <- cap tanh(z / cap).
 
-    def value(*names: str) -> float | None:
-        """The first of these that the config has; families name the same thing differently."""
-        found = [getattr(text, name, None) for name in names]
-        return next((number for number in found if number is not None), None)
-
-    scale = value("logit_scale", "lm_head_multiplier") or 1.0
-    scale /= value("logits_scaling") or 1.0
-    return scale, value("final_logit_softcapping", "logits_soft_cap")
+    Families name it differently; where one has a name that is not known here, Scorer.check tells.
+    """
+    named = vars(config.get_text_config(decoder=True))
+    scale, cap = 1.0, None
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if named.get(name) is not None:
+            scale = named[name]
+    if named.get("logits_scaling") is not None:
+        scale /= named["logits_scaling"]
+    for name in ("final_logit_softcapping", "logits_soft_cap"):
+        if named.get(name) is not None:
+            cap = named[name]
+    return scale, cap
 
 
 class Scorer(nn.Module):
@@ -332,7 +336,7 @@ class Scorer(nn.Module):
             states, targets, _ = self.hidden(*collate(sequences, self.lm.device))
             together = self.head(states, targets)
         trained = {p for p in self.lm.parameters() if p.requires_grad}
-        self.unused = not trained <= reached(together)
+        self.unused = bool(trained - reached(together))
 
         alone = []
         for prompt, response in sequences:
@@ -341,7 +345,8 @@ class Scorer(nn.Module):
                 logits = self.lm(input_ids=ids, use_cache=False).logits[0]  # [T, V]
             alone.append(token_logps(logits[:-1], ids[0, 1:]))
         error = (together.detach() - torch.cat(alone)).abs().mean().item()
-        if not error < (1e-3 if self.lm.dtype == torch.float32 else 0.3):  # nats, above rounding
+        rounding = 1e-3 if self.lm.dtype == torch.float32 else 0.3  # nats
+        if not error < rounding:
             job.die(
                 f"{self.lm.name_or_path}: log-probs of this kind of model "
                 f"({self.lm.config.model_type}) would be wrong by {error:.2g} nats a token: they "
@@ -558,7 +563,10 @@ def sample(
     torch.manual_seed(seed)
     try:
         sequences = lm.generate(**how)
-    except ValueError:  # a cache of linear attention alone can't say how long it is
+    except ValueError as fault:
+        if "get_seq_length" not in str(fault):
+            raise
+        # a cache of linear attention alone can't say how long it is
         sequences = lm.generate(**how, use_cache=False)
     return [read_answer(tok, new, ends) for new in sequences[:, width:].tolist()]
 

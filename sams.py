@@ -225,8 +225,9 @@ class PoolingScorer(Scorer):
         states = out[0] if isinstance(out, (tuple, list)) else out  # [S, T, D]
         if states.shape[:-1] != self.mask.shape:
             job.die(
-                f"--select topk, sample: the decoder blocks of {self.lm.config.model_type} models "
-                f"give {list(states.shape)}, not [S, T, D], so that there are no contexts"
+                f"the decoder blocks of {self.lm.config.model_type} models give "
+                f"{list(states.shape)}, not [S, T, D]: there is no context for --select topk or "
+                "sample; the other values of --select need none"
             )
         summed = (states.float() * self.mask[..., None]).sum(1)  # [S, D]
         self.pooled[i] = summed / self.mask.sum(1, keepdim=True)

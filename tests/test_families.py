@@ -404,6 +404,11 @@ def test_a_model_that_cannot_be_trained_is_one_line_before_the_plan(
     REFUSED[complaint].save_pretrained(tmp_path / "model")
     toy.tokenizer().save_pretrained(tmp_path / "model")
     flags = script_flags(module, world, tmp_path / "model", tmp_path)
+
+    def show_plan(*args):
+        pytest.fail("the plan was shown")
+
+    monkeypatch.setattr(module, "show_plan", show_plan)
     assert complaint in refused(monkeypatch, capsys, module, flags)
     assert not (tmp_path / "run").exists()
 
