@@ -430,6 +430,21 @@ def test_a_model_whose_log_probs_would_be_wrong_is_one_line(capsys, folder_of, k
         assert stop.value.code == 2
         assert err.count("\n") == 1
         assert f"log-probs of this kind of model ({kind}) would be wrong by" in err
+    assert common.sample(lm, Ids(), [[1, 60], [5]], 0.0, 4, seed=0)
+
+
+def test_blocks_that_see_their_batch_mates_are_one_line(capsys, folder_of):
+    """No name in a config tells; the two sequences of the check do."""
+
+    def mix(block, args, states):
+        return states + 0.1 * states.mean(0, keepdim=True)
+
+    lm = common.load_lm(str(folder_of("Llama")), torch.float32, CPU)
+    common.blocks(lm)[0].register_forward_hook(mix)
+    with pytest.raises(SystemExit) as stop:
+        common.Scorer(lm)
+    assert stop.value.code == 2
+    assert "they depend on what else is in the batch" in capsys.readouterr().err
 
 
 def test_a_model_that_fails_the_check_ends_a_run(monkeypatch, capsys, world, folder_of, tmp_path):
