@@ -124,10 +124,10 @@ class Config:
 @contextlib.contextmanager
 def activation_checkpointing(lm):
     """Inside, every layer of the model is recomputed in the backward pass."""
-    for layer in lm.model.layers:
+    for layer in common.blocks(lm):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     yield
-    for layer in lm.model.layers:
+    for layer in common.blocks(lm):
         del layer.forward
 
 
@@ -366,7 +366,7 @@ def unpadded(pairs: list[Pair], device) -> Tensor:
 def floor(work: Work, ids: Tensor):
     for some_ids in ids.split(2 * work.how.micro_batch):
         with sams.autocast(work.how, work.device, work.policy):
-            out = work.policy.lm.model(input_ids=some_ids, use_cache=False)
+            out = common.backbone(work.policy.lm)(input_ids=some_ids, use_cache=False)
             out.last_hidden_state.float().mean().backward()
 
 

@@ -47,7 +47,8 @@ CHUNK = 512
 def load_tokenizer(path: str):
     """Returns (tokenizer, config) of a model folder or Hub id, before any weights are read.
 
-    Ends the program where the model can't be used for chat, or where its log-probs would be wrong.
+    Ends the program where the model can't be used for chat. Any causal decoder of transformers with
+    attention can be sampled from; which can be trained is what check_model and Scorer.check say.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
@@ -69,22 +70,46 @@ def load_tokenizer(path: str):
         )
     if tok.eos_token_id is None:
         job.die(f"{path}: its tokenizer has no end-of-sequence token")
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            job.die(
-                f"{path}: {name} is not supported: "
-                "the head is applied to response positions as a plain linear layer"
-            )
+    text = config.get_text_config(decoder=True)
+    if "num_attention_heads" not in {**text.to_dict(), **text.attribute_map}:
+        job.die(f"{path}: a model without attention ({config.model_type}) is not supported")
     return tok, config
 
 
-def check_context(path: str, config, max_prompt: int, max_response: int):
-    """Ends the program if a model's context is too short for these lengths."""
-    if max_prompt + max_response > config.max_position_embeddings:
+def check_model(path: str, config, max_prompt: int, max_response: int):
+    """Ends the program if a model can't be trained, or not on sequences of these lengths.
+
+    What is wanted is a causal decoder in full precision. Scorer.check looks at the rest when the
+    weights are there.
+    """
+    if config.is_encoder_decoder:
+        job.die(f"{path}: an encoder-decoder ({config.model_type}), not a causal decoder")
+    if getattr(config, "quantization_config", None):
+        job.die(f"{path}: its weights are quantised; training needs them in full precision")
+    blocks(lm_shapes(path))
+    context = context_of(config)
+    if max_prompt + max_response > context:
         job.die(
             f"--max_prompt {max_prompt} + --max_response {max_response} is more than "
-            f"{path}'s context of {config.max_position_embeddings} tokens"
+            f"{path}'s context of {context} tokens"
         )
+
+
+def context_of(config) -> int:
+    """The most tokens for which a model is one function, whatever else is in a batch.
+
+    That is its context, or the length of its pretraining where rope scaling is dynamic: beyond
+    that, rotary frequencies depend on the longest sequence of the batch.
+    """
+    text = config.get_text_config(decoder=True)
+    context = getattr(text, "max_position_embeddings", None) or sys.maxsize
+    ropes = getattr(text, "rope_parameters", None) or {}
+    if "rope_type" in ropes:
+        ropes = {"all": ropes}  # else a dict for each type of layer
+    for rope in ropes.values():
+        if rope and rope.get("rope_type") in ("dynamic", "longrope"):
+            context = min(context, rope.get("original_max_position_embeddings") or context)
+    return context
 
 
 def prompt_ids(tok, prompt: list[dict]) -> list[int]:
@@ -233,6 +258,53 @@ def sum_by_row(values: Tensor, row: Tensor, rows: int) -> Tensor:
     return values.new_zeros(rows, dtype=torch.float32).index_add(0, row, values)
 
 
+def backbone(lm) -> nn.Module:
+    """The part of a language model that turns ids into the states that its head reads.
+
+    Families name it differently, but it always holds the decoder blocks, as a list.
+    """
+    from transformers import PreTrainedModel
+
+    config = lm.config.get_text_config(decoder=True)
+    for module in lm.modules():
+        of_text = isinstance(module, PreTrainedModel) and type(module.config) is type(config)
+        if of_text and block_list(module) is not None:
+            return module
+    job.die(f"{lm.name_or_path}: the decoder blocks of {config.model_type} models were not found")
+
+
+def blocks(lm) -> nn.ModuleList:
+    """The decoder blocks of a language model."""
+    return block_list(backbone(lm))
+
+
+def block_list(module: nn.Module) -> nn.ModuleList | None:
+    """The list of decoder blocks that a module itself holds, if it does."""
+    number = module.config.get_text_config(decoder=True).num_hidden_layers
+    for child in module.children():
+        if isinstance(child, nn.ModuleList) and len(child) == number:
+            return child
+    return None
+
+
+def scale_and_cap(config) -> tuple[float, float | None]:
+    """What stands between a head and the logits: z <- scale z, then z <- cap tanh(z / cap).
+
+    Families name it differently; where one has a name that is not known here, Scorer.check tells.
+    """
+    named = vars(config.get_text_config(decoder=True))
+    scale, cap = 1.0, None
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if named.get(name) is not None:
+            scale = named[name]
+    if named.get("logits_scaling") is not None:
+        scale /= named["logits_scaling"]
+    for name in ("final_logit_softcapping", "logits_soft_cap"):
+        if named.get(name) is not None:
+            cap = named[name]
+    return scale, cap
+
+
 class Scorer(nn.Module):
     """log pi(y|x): the sum over the response's tokens of log pi(y_t | x, y_<t).
 
@@ -243,6 +315,43 @@ class Scorer(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
+        self.scale, self.cap = scale_and_cap(lm.config)
+        self.context = context_of(lm.config)
+        self.unused = False  # parameters on which no log-prob depends: DDP must know
+        if lm.device.type != "meta":
+            self.check()
+
+    def check(self):
+        """Ends the program unless these are the model's own log-probs, whatever is in a batch.
+
+        Two short sequences, padded together, are compared with a full forward pass of each alone.
+        Names in configs don't tell all: a head may be followed by what we don't know, and what a
+        block does may depend on its batch.
+        """
+        V = self.lm.get_output_embeddings().weight.shape[0]
+        n = min(16, self.context)
+        some = [V // 4 + 5 * i % (V // 2) for i in range(n)]  # special tokens stand at the ends
+        sequences = [(some[:1], some[1:]), (some[-1:], some[1 : n // 2])]
+        with torch.enable_grad():
+            states, targets, _ = self.hidden(*collate(sequences, self.lm.device))
+            together = self.head(states, targets)
+        trained = {p for p in self.lm.parameters() if p.requires_grad}
+        self.unused = bool(trained - reached(together))
+
+        alone = []
+        for prompt, response in sequences:
+            ids = torch.tensor([prompt + response], device=self.lm.device)
+            with torch.no_grad():
+                logits = self.lm(input_ids=ids, use_cache=False).logits[0]  # [T, V]
+            alone.append(token_logps(logits[:-1], ids[0, 1:]))
+        error = (together.detach() - torch.cat(alone)).abs().mean().item()
+        rounding = 1e-3 if self.lm.dtype == torch.float32 else 0.3  # nats
+        if not error < rounding:
+            job.die(
+                f"{self.lm.name_or_path}: log-probs of this kind of model "
+                f"({self.lm.config.model_type}) would be wrong by {error:.2g} nats a token: they "
+                "depend on what else is in the batch, or more follows the head than we know"
+            )
 
     def hidden(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The last hidden states at the positions that predict the response.
@@ -250,13 +359,24 @@ class Scorer(nn.Module):
         ids, mask: [S, T] -> states [N, D], the tokens to be predicted [N], the sequence of each
         [N]. No attention mask is needed: the padding is on the right of a causal model.
         """
-        states = self.lm.model(input_ids=ids, use_cache=False).last_hidden_state  # [S, T, D]
+        if ids.shape[1] > self.context:
+            job.die(f"{ids.shape[1]} tokens are more than the model's context of {self.context}")
+        states = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state  # [S, T, D]
         states, targets, keep = states[:, :-1], ids[:, 1:], mask[:, 1:]  # t predicts token t + 1
         return states[keep], targets[keep], keep.nonzero()[:, 0]
 
+    def logits(self, states: Tensor) -> Tensor:
+        """What the softmax sees: the head's output, scaled and capped if so. [N, D] -> [N, V]."""
+        logits = self.lm.get_output_embeddings()(states)
+        if self.scale != 1:
+            logits = logits.float() * self.scale
+        if self.cap is not None:
+            logits = torch.tanh(logits.float() / self.cap) * self.cap
+        return logits
+
     def head_logps(self, states: Tensor, targets: Tensor) -> Tensor:
         """Log-probs of the targets after the language model's head. [N, D], [N] -> [N]."""
-        return token_logps(self.lm.lm_head(states), targets)
+        return token_logps(self.logits(states), targets)
 
     def head(self, states: Tensor, targets: Tensor) -> Tensor:
         """head_logps, CHUNK tokens at a time, whose logits are made again in the backward pass."""
@@ -272,6 +392,20 @@ class Scorer(nn.Module):
         """log pi(y|x) of each sequence. ids, mask: [S, T] -> [S]."""
         states, targets, row = self.hidden(ids, mask)
         return sum_by_row(self.head(states, targets), row, len(ids))
+
+
+def reached(value: Tensor) -> set[Tensor]:
+    """The parameters that a backward pass from `value` would reach."""
+    found, seen, ahead = set(), set(), [value.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        ahead += [before for before, _ in node.next_functions]
+    return found
 
 
 def preference_metrics(
@@ -341,13 +475,42 @@ class Answer(NamedTuple):
     score: float | None = None  # a judge's
 
 
+def identity(path: str, config) -> list:
+    """What tells a model from another one of the same name, for the keys of caches.
+
+    That is the sizes and times of its weights, or the Hub's commit.
+    """
+    weights = []
+    for file in sorted(Path(path).glob("*")):
+        if file.suffix in (".safetensors", ".bin"):
+            stat = file.stat()
+            weights.append((file.name, stat.st_size, stat.st_mtime_ns))
+    return [path, weights or getattr(config, "_commit_hash", None)]
+
+
 def lm_shapes(path: str):
     """A causal language model in float32 without its weights, on "meta"."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    except Exception as fault:
+        job.die(f"{path}: not a causal language model that can be built ({first_line(fault)})")
+
+
+def read_weights(kind, path: str, dtype: torch.dtype):
+    """A model of the class `kind`; weights that can't be read end the program with one line."""
+    try:
+        return kind.from_pretrained(path, dtype=dtype)
+    except Exception as fault:
+        job.die(f"{path}: its weights can't be loaded ({first_line(fault)})")
+
+
+def first_line(fault: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(fault).__name__}: {fault}".split("\n")[0]
 
 
 def load_lm(path: str, dtype: torch.dtype, device):
@@ -358,7 +521,7 @@ def load_lm(path: str, dtype: torch.dtype, device):
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    lm = read_weights(AutoModelForCausalLM, path, dtype)
     ends = lm.generation_config.eos_token_id
     lm.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
     return lm.to(device).eval()
@@ -391,14 +554,20 @@ def sample(
         how["prefix_allowed_tokens_fn"] = lambda sequence, ids: allowed
 
     ends = end_tokens(lm, tok)
-    torch.manual_seed(seed)
-    sequences = lm.generate(
+    how.update(
         input_ids=torch.tensor(padded, device=lm.device),
         attention_mask=torch.tensor(attended, device=lm.device),
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
-        **how,
     )
+    torch.manual_seed(seed)
+    try:
+        sequences = lm.generate(**how)
+    except ValueError as fault:
+        if "get_seq_length" not in str(fault):
+            raise
+        # a cache of linear attention alone can't say how long it is
+        sequences = lm.generate(**how, use_cache=False)
     return [read_answer(tok, new, ends) for new in sequences[:, width:].tolist()]
 
 
@@ -763,7 +932,7 @@ class RewardJudge(NumberJudge):
     def load(self):
         from transformers import AutoModelForSequenceClassification
 
-        model = AutoModelForSequenceClassification.from_pretrained(self.path, dtype=self.dtype)
+        model = read_weights(AutoModelForSequenceClassification, self.path, self.dtype)
         return model.to(self.device).eval()
 
     @torch.no_grad()

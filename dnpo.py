@@ -195,14 +195,16 @@ def draw(seeds: list[int], vocabulary: int, device) -> Tensor:
 class NoisyReference(Scorer):
     """The frozen reference, with a trainable NoiseHead on the logits of rejected answers.
 
-    With init None there is no noise anywhere: this is SPIN's reference. The seed is NoiseHead's.
+    The noise is on the logits that the softmax sees: where a model scales or caps them, as Gemma-2
+    does, the noise comes after that. With init None there is no noise anywhere: this is SPIN's
+    reference. The seed is NoiseHead's.
     """
 
     def __init__(self, lm, init: str | None, seed: int = 0):
         super().__init__(lm.requires_grad_(False).eval())
         self.noise = None
         if init is not None:
-            width, vocabulary = lm.config.hidden_size, lm.get_output_embeddings().out_features
+            vocabulary, width = lm.get_output_embeddings().weight.shape
             with lm.device:  # "meta" if it will be sharded
                 self.noise = NoiseHead(width, vocabulary, init, seed)
 
@@ -257,7 +259,7 @@ class NoisyReference(Scorer):
         self, states: Tensor, targets: Tensor, seeds: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log p_noise and log pi of n tokens, noise_drop and mean_v(sigma^2): [n] each."""
-        logits = self.lm.lm_head(states)  # [n, V]
+        logits = self.logits(states)  # [n, V]
         std = self.noise(states)  # sigma [n, V]
         eps = draw(seeds, std.shape[1], states.device)  # [n, V]
         with torch.no_grad():  # before the noisy logits are kept for the backward pass
@@ -609,7 +611,7 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
     names = {"note": at.name, "place": f"iteration {at.number}"}
     run = job.TrainingRun(c, at.folder, steps, parts, device, metrics=file, tags=tags, **names)
     if c.offload_reference:
-        reference.lm.model.layers.cpu()  # now that TrainingRun has loaded all of it
+        common.blocks(reference.lm).cpu()  # now that TrainingRun has loaded all of it
 
     for step in run:  # goes on after a kill; ends on SIGTERM, and in reduce() on NaN
         factor = lr_factor(step, len(steps), c.warmup)
@@ -762,7 +764,7 @@ def prepare(c, device) -> tuple[Model, list[dict], list[dict], common.Judge | No
     )
     test_rows = test_rows[: c.limit]
     tok, config = common.load_tokenizer(c.model)
-    common.check_context(c.model, config, c.max_prompt, c.max_response)
+    common.check_model(c.model, config, c.max_prompt, c.max_response)
 
     found = len(rows) + len(test_rows)
     rows = common.fitting(tok, rows, c.max_prompt)
@@ -893,8 +895,10 @@ def show_plan(c, tok, rows: list[dict], test_rows: list[dict], dropped: Counter,
     lm = lm_shapes(c.model)
     heads = {}
     if c.noise:
-        heads["noise head"] = lm.config.vocab_size * (lm.config.hidden_size + 1)
-    print(job.memory_plan(lm, c, chunk=common.CHUNK, reference=True, heads=heads))
+        vocabulary, width = lm.get_output_embeddings().weight.shape
+        heads["noise head"] = vocabulary * (width + 1)
+    what = {"layers": common.blocks(lm), "chunk": common.CHUNK, "heads": heads}
+    print(job.memory_plan(lm, c, reference=True, **what))
     common.show_example(tok, rows[0], c.max_response)
 
 
@@ -931,7 +935,7 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     """
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
-    layers = module.lm.model.layers
+    layers = common.blocks(module.lm)
 
     if c.activation_checkpointing and any(p.requires_grad for p in module.lm.parameters()):
         for layer in layers:
@@ -940,7 +944,9 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     if not sharded:
         module = module.to(device)
         trained = any(p.requires_grad for p in module.parameters())
-        return DDP(module) if dist.is_initialized() and trained else module
+        if dist.is_initialized() and trained:
+            return DDP(module, find_unused_parameters=module.unused)
+        return module
 
     full = None
     if job.on_rank_0():

@@ -50,8 +50,10 @@ from common import (
     Scorer,
     by_pair,
     collate_pairs,
+    context_of,
     encode_pairs,
     generate,
+    identity,
     load_tokenizer,
     make_judge,
     mean_or_none,
@@ -292,19 +294,12 @@ class Subject(Model):
     @property
     def context(self) -> int:
         """The most tokens of a prompt and its answer together."""
-        return self.config.max_position_embeddings
+        return context_of(self.config)
 
     @property
     def identity(self) -> list:
-        """What tells a model from another one of the same name.
-
-        That is the sizes and times of its weights, or the Hub's commit.
-        """
-        weights = []
-        for file in sorted(Path(self.path).glob("*.safetensors")):
-            stat = file.stat()
-            weights.append((file.name, stat.st_size, stat.st_mtime_ns))
-        return [self.path, weights or getattr(self.config, "_commit_hash", None)]
+        """What tells a model from another one of the same name."""
+        return identity(self.path, self.config)
 
 
 def open_model(c: Config, path: str) -> Subject:
@@ -375,8 +370,8 @@ def open_reference(c: Config, model: Subject) -> Subject | None:
     if not c.reference:
         return None
     reference = open_model(c, c.reference)
-    tokens = model.config.vocab_size
-    other_tokens = reference.config.vocab_size
+    tokens = model.config.get_text_config(decoder=True).vocab_size
+    other_tokens = reference.config.get_text_config(decoder=True).vocab_size
     if other_tokens != tokens:
         job.die(
             f"--reference {c.reference} has another vocabulary than {c.model} "

@@ -44,6 +44,7 @@ from common import (
     Sampling,
     answer_row,
     chat,
+    context_of,
     endpoint,
     every_sample,
     fitting,
@@ -125,7 +126,7 @@ def leave_out_long(rows: list[dict], dropped: Counter, tok, config, c: Config) -
 
     The others are counted in `dropped`. No row left ends the program.
     """
-    room = config.max_position_embeddings - c.max_new_tokens
+    room = context_of(config) - c.max_new_tokens
     short = fitting(tok, rows, room)
     what = f"{room} tokens, {c.model}'s context less --max_new_tokens"
     dropped[f"prompts of more than {what}"] = len(rows) - len(short)

@@ -791,11 +791,12 @@ def memory_parts(
     lm,
     c,
     *,
+    layers: nn.Module,
     chunk: int,
     reference: bool,
     heads: dict[str, int] | None = None,
 ) -> dict[str, float]:
-    """Bytes on each rank, by arithmetic. lm: the model's shapes.
+    """Bytes on each rank, by arithmetic. lm: the model's shapes, layers: its decoder blocks.
 
     P weights in fp32 take 4P bytes, their gradients 4P and Adam 8P. A resident reference takes 4P;
     offloaded, 4 for each weight outside the layers. Another trained head (heads: its name and its
@@ -808,7 +809,7 @@ def memory_parts(
     Activations are an estimate: what every Llama layer keeps of each token. With activation
     checkpointing that is its input only, and one and a half whole layers, which are being
     recomputed and have gradients. To this come four fp32 blocks of logits of `chunk` tokens, eight
-    with another head on them.
+    with another head on them. Where a config has no intermediate_size they are left out.
     """
     heads = heads or {}
     world = world_size()
@@ -818,10 +819,10 @@ def memory_parts(
     elif dist.is_initialized() and c.parallel == "hsdp":
         shards = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-    config = lm.config
+    config = lm.config.get_text_config(decoder=True)
     V, D, L = config.vocab_size, config.hidden_size, config.num_hidden_layers
     P = sum(p.numel() for p in lm.parameters())
-    in_layers = sum(p.numel() for p in lm.model.layers.parameters())
+    in_layers = sum(p.numel() for p in layers.parameters())
     one_layer = (P - V * D) / L
     number = 2 if c.dtype == "bfloat16" else 4  # bytes of a computed number
 
@@ -836,10 +837,13 @@ def memory_parts(
     for name, weights in heads.items():
         parts[name] = 16 * weights / shards
 
+    inner = getattr(config, "intermediate_size", None)
+    if not isinstance(inner, int):
+        return parts
     micro = min(c.micro_batch, c.batch // world)
     tokens = 2 * micro * (c.max_prompt + c.max_response)
     # of each token and layer: norms and residual stream in fp32, the rest as computed
-    layer = (28 + 4 * number) * D + 4 * config.intermediate_size * number
+    layer = (28 + 4 * number) * D + 4 * inner * number
     if c.activation_checkpointing:
         kept = tokens * (4 * L * D + 1.5 * layer)
     else:

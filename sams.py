@@ -127,9 +127,12 @@ def batch_reward(before: float, after: float) -> float:
 
 
 def min_max(x: Tensor) -> Tensor:
-    """(x - min) / (max - min), and 0.5 everywhere where all are equal. [n] -> [n]."""
+    """(x - min) / (max - min), and 0.5 everywhere where all are equal. [n] -> [n].
+
+    A range below 1e-4 is rounding: before the first step all margins are 0 up to that.
+    """
     low, high = x.min(), x.max()
-    if high > low:
+    if high - low > 1e-4:
         return (x - low) / (high - low)
     return torch.full_like(x, 0.5)
 
@@ -214,13 +217,19 @@ class PoolingScorer(Scorer):
     def __init__(self, lm):
         super().__init__(lm)
         self.mask, self.pooled = None, {}  # the mask is set during a pass to be pooled
-        for i, layer in enumerate(lm.model.layers):
+        for i, layer in enumerate(common.blocks(lm)):
             layer.register_forward_hook(functools.partial(self.pool, i))
 
     def pool(self, i: int, layer, args, out):
         if self.mask is None:
             return
-        states = out[0] if isinstance(out, tuple) else out  # [S, T, D]
+        states = out[0] if isinstance(out, (tuple, list)) else out  # [S, T, D]
+        if states.shape[:-1] != self.mask.shape:
+            job.die(
+                f"the decoder blocks of {self.lm.config.model_type} models give "
+                f"{list(states.shape)}, not [S, T, D]: there is no context for --select topk or "
+                "sample; the other values of --select need none"
+            )
         summed = (states.float() * self.mask[..., None]).sum(1)  # [S, D]
         self.pooled[i] = summed / self.mask.sum(1, keepdim=True)
 
@@ -237,7 +246,7 @@ class PoolingScorer(Scorer):
         self.mask = None
         if pool is None:
             return logps, None
-        layers = [self.pooled.pop(i) for i in range(len(self.lm.model.layers))]
+        layers = [self.pooled.pop(i) for i in range(len(common.blocks(self.lm)))]
         return logps, torch.stack(layers, 1)
 
 
@@ -904,14 +913,15 @@ def gather(share: Tensor, n: int) -> Tensor:
 def make_bandit(c, policy: nn.Module, device, encoder: dict | None = None) -> Bandit:
     """A new bandit for contexts of this policy, perhaps with the weights of a frozen encoder."""
     lm = getattr(policy, "module", policy).lm  # DDP holds the scorer as .module
-    bandit = Bandit(context_width(c, lm.config.hidden_size), c, device)
+    bandit = Bandit(context_width(c, lm.config), c, device)
     if encoder:
         bandit.freeze_encoder(encoder)
     return bandit
 
 
-def context_width(c, hidden_size: int) -> int:
-    """The width of the contexts of a policy of this width."""
+def context_width(c, config) -> int:
+    """The width of the contexts of a policy with this configuration."""
+    hidden_size = config.get_text_config(decoder=True).hidden_size
     return 2 * hidden_size if c.context == "both" else hidden_size
 
 
@@ -1140,7 +1150,7 @@ def prepare(c, device) -> tuple[Model, list[Pair], list[bool], list[Pair]]:
     """
     rows, test_rows, dropped = datafiles.load_split(c.data, c.test, "pair", c.limit, c.test_pairs)
     tok, config = common.load_tokenizer(c.model)
-    common.check_context(c.model, config, c.max_prompt, c.max_response)
+    common.check_model(c.model, config, c.max_prompt, c.max_response)
     if c.select in LEARNED:
         encoder_config(c.encoder)
 
@@ -1204,9 +1214,10 @@ def show_plan(c, tok, pairs, held, flipped: list[bool], dropped: Counter, device
     )
     print(job.batch_note(c, f"{len(step_order(n, c))} steps", device))
     lm = lm_shapes(c.model)
-    print(job.memory_plan(lm, c, chunk=common.CHUNK, reference=False))
+    what = {"layers": common.blocks(lm), "chunk": common.CHUNK}
+    print(job.memory_plan(lm, c, reference=False, **what))
     if c.select in LEARNED:
-        print(selector_plan(c, lm.config, rounds=len(step_order(n, c))))
+        print(selector_plan(c, lm, rounds=len(step_order(n, c))))
 
     prompt, chosen, rejected, _ = pairs[0]
     print(f"example, no loss: {tok.decode(prompt)!r}")
@@ -1218,13 +1229,13 @@ def show_plan(c, tok, pairs, held, flipped: list[bool], dropped: Counter, device
     )
 
 
-def selector_plan(c, config, rounds: int) -> str:
+def selector_plan(c, lm, rounds: int) -> str:
     """What the selector and its pool may take on each rank, by arithmetic."""
-    width = context_width(c, config.hidden_size)
+    width = context_width(c, lm.config)
     with torch.device("meta"):
         selector = Selector(width, c)
     weights = sum(p.numel() for p in selector.parameters())
-    kept = config.num_hidden_layers * width  # numbers of a pair in the pool
+    kept = len(common.blocks(lm)) * width  # numbers of a pair in the pool
     if c.pretrain_rounds:
         selector.encoder.requires_grad_(False)
         kept = selector.encoder.layer_encoder.config.hidden_size
@@ -1302,7 +1313,7 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     """
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
-    layers = module.lm.model.layers
+    layers = common.blocks(module.lm)
 
     if c.activation_checkpointing and any(p.requires_grad for p in module.lm.parameters()):
         for layer in layers:
@@ -1311,7 +1322,9 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     if not sharded:
         module = module.to(device)
         trained = any(p.requires_grad for p in module.parameters())
-        return DDP(module) if dist.is_initialized() and trained else module
+        if dist.is_initialized() and trained:
+            return DDP(module, find_unused_parameters=module.unused)
+        return module
 
     full = None
     if job.on_rank_0():

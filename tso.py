@@ -741,7 +741,7 @@ def train(c, at: Slice, pairs: list[Pair], start: Model):
         c, at.folder, steps, parts, device, metrics=file, note=place, tags=tags, place=place
     )
     if c.offload_reference:
-        reference.lm.model.layers.cpu()  # now that TrainingRun has loaded all of it
+        common.blocks(reference.lm).cpu()  # now that TrainingRun has loaded all of it
 
     for step in run:  # goes on after a kill; ends on SIGTERM, and in reduce() on NaN
         sums = descend(c, policy, reference, pairs, steps[step], device)
@@ -814,7 +814,7 @@ def prepare(c, device):
     tok, config = common.load_tokenizer(c.model)
     for path in c.older + c.smaller:
         common.load_tokenizer(path)
-    common.check_context(c.model, config, c.max_prompt, c.max_response)
+    common.check_model(c.model, config, c.max_prompt, c.max_response)
     parts, test_rows, dropped = read_rows(c, tok)
     people = read_verdicts(c.verdicts, c) if c.verdicts else {}
 
@@ -1015,7 +1015,9 @@ def show_plan(c, tok, parts, test_rows: list[dict], dropped: Counter, device):
     )
     steps = len(step_order(len(parts[0]) * c.pairs_per_prompt, c))
     print(job.batch_note(c, f"at most {steps} steps a slice", device))
-    print(job.memory_plan(lm_shapes(c.model), c, chunk=common.CHUNK, reference=True))
+    lm = lm_shapes(c.model)
+    what = {"layers": common.blocks(lm), "chunk": common.CHUNK}
+    print(job.memory_plan(lm, c, reference=True, **what))
     common.show_example(tok, parts[0][0], c.max_response)
 
 
@@ -1058,7 +1060,7 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     """
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
-    layers = module.lm.model.layers
+    layers = common.blocks(module.lm)
 
     if c.activation_checkpointing and any(p.requires_grad for p in module.lm.parameters()):
         for layer in layers:
@@ -1067,7 +1069,9 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     if not sharded:
         module = module.to(device)
         trained = any(p.requires_grad for p in module.parameters())
-        return DDP(module) if dist.is_initialized() and trained else module
+        if dist.is_initialized() and trained:
+            return DDP(module, find_unused_parameters=module.unused)
+        return module
 
     full = None
     if job.on_rank_0():

@@ -252,7 +252,9 @@ def test_the_memory_plan_counts_what_is_there(monkeypatch, world, tmp_path):
 
     shapes = common.lm_shapes(path)
     told = told_by_dnpo(monkeypatch, *dnpo_flags(world, out=tmp_path / "run"))
+    told.pop("layers")
     assert told == {"chunk": common.CHUNK, "reference": True, "heads": noise_head(shapes)}
+    told["layers"] = shapes.model.layers
     found = job.memory_parts(shapes, dnpo.Config(parallel="none"), **told)
     for name in ("weights", "gradients", "Adam"):
         assert found[name] == of_lm[name]
@@ -261,7 +263,8 @@ def test_the_memory_plan_counts_what_is_there(monkeypatch, world, tmp_path):
 
     monkeypatch.setenv("RANK", "0")
     offloaded = dnpo.Config(offload_reference=True)
-    found = job.memory_parts(shapes, offloaded, chunk=common.CHUNK, reference=True)
+    told["heads"] = {}
+    found = job.memory_parts(shapes, offloaded, **told)
     outside = sum(p.nbytes for name, p in lm.named_parameters() if ".layers." not in name)
     assert found["reference"] == outside
 
@@ -327,6 +330,7 @@ def test_the_memory_plan_bounds_what_a_step_makes(method, checkpointing, dtype):
     )
     pairs = random_pairs(8, 64, 4096)
     everything = list(range(8))
+    scorer = sams.PoolingScorer(lm) if method is sams else Scorer(lm)
 
     checkpointed = contextlib.nullcontext()
     if checkpointing:
@@ -334,14 +338,15 @@ def test_the_memory_plan_bounds_what_a_step_makes(method, checkpointing, dtype):
     with checkpointed, Alive() as memory:
         if method is sams:
             data = sams.Data(pairs, torch.zeros(8, 2), [False] * 8)
-            sams.descend(c, sams.PoolingScorer(lm), data, everything, CPU)
+            sams.descend(c, scorer, data, everything, CPU)
         else:
             seed = 0, "noise", 1, 1, "joint"
-            dnpo.descend(c, "joint", Scorer(lm), noisy, pairs, everything, seed, CPU)
+            dnpo.descend(c, "joint", scorer, noisy, pairs, everything, seed, CPU)
 
     plan = job.memory_parts(
         lm,
         dataclasses.replace(c, activation_checkpointing=checkpointing),
+        layers=lm.model.layers,
         chunk=common.CHUNK,
         reference=method is dnpo,
         heads=noise_head(lm) if method is dnpo else None,

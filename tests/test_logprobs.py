@@ -23,7 +23,6 @@ from common import (
     collate_pairs,
     encode_pairs,
     load_lm,
-    load_tokenizer,
     prompt_ids,
     response_ids,
     sample,
@@ -256,32 +255,6 @@ def test_by_pair_puts_both_sides_of_a_pair_beside_each_other():
     """[2B] of collate_pairs' sequences becomes [B, 2], chosen and rejected."""
     values = torch.tensor([1.0, 2.0, 3.0, -1.0, -2.0, -3.0])
     assert by_pair(values).tolist() == [[1, -1], [2, -2], [3, -3]]
-
-
-@pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
-def test_a_model_whose_logits_are_more_than_a_linear_layer_is_refused(tmp_path, capsys, name):
-    """Its log-probs would be wrong in silence: the setting is named and the exit code is 2.
-
-    Where it changes nothing the model is taken.
-    """
-    toy.tokenizer().save_pretrained(tmp_path)
-
-    def save(value):
-        config = tiny_lm(1).config
-        setattr(config, name, value)
-        config.save_pretrained(tmp_path)
-
-    for value in (None, 1.0):
-        save(value)
-        tok, loaded = load_tokenizer(str(tmp_path))
-        assert prompt_ids(tok, USER) == prompt_ids(toy.tokenizer(), USER)
-        assert getattr(loaded, name) == value
-
-    save(0.5)
-    with pytest.raises(SystemExit) as stop:
-        load_tokenizer(str(tmp_path))
-    assert stop.value.code == 2
-    assert name in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- log-probs
