@@ -427,9 +427,8 @@ def sample_answers(
 def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> list[dict]:
     """Annotated rows and the model's answers to them as preference rows, in pairs.jsonl.
 
-    An answer that was cut, by sampling (meta.*_ended) or later by --max_response, gets no
-    end-of-sequence token, neither in the training nor in the logged log-probs: see
-    common.response_ids.
+    An answer that was cut, by sampling (meta.*_ended) or later by --max_response, gets no token
+    that ends it, neither in the training nor in the logged log-probs: see common.response_ids.
     """
 
     def work(items, number):
@@ -441,7 +440,8 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
         for i, annotated_score, generated_score in zip(items, annotated_scores, generated_scores):
             ended = answers[i]["meta"]["finish"] == "stop"
             annotated = Answer(rows[i]["response"], True, annotated_score)
-            generated = Answer(answers[i]["response"], ended, generated_score)
+            sampled = answers[i]["meta"].get("ids")
+            generated = Answer(answers[i]["response"], ended, generated_score, sampled)
             pairs.append(preference_row(c, at, rows[i], annotated, generated))
         return pairs
 
@@ -474,12 +474,14 @@ def preference_row(c, at: Iteration, row: dict, annotated: Answer, generated: An
             why = "tie"
         elif dynamic_labels(annotated.score, generated.score) == "generated":
             chosen, rejected = generated, annotated
+    ids = common.sampled_ids(chosen, rejected)
     return {
         "id": row["id"],
         "prompt": row["prompt"],
         "chosen": chosen.text,
         "rejected": rejected.text,
         "meta": {
+            **ids,
             "iteration": at.number,
             "swapped": chosen is generated,
             "why": why,
@@ -690,8 +692,11 @@ def measure_logps(
             chosen = common.side_ids(model.tok, pairs[i], "chosen", c.max_response)
             rejected = common.side_ids(model.tok, pairs[i], "rejected", c.max_response)
             ended = new[i]["meta"]["finish"] == "stop"
-            sampled = common.response_ids(model.tok, new[i]["response"], ended, c.max_response)
-            sequences += [(prompt, chosen), (prompt, rejected), (prompt, sampled)]
+            sampled = new[i]["meta"].get("ids")
+            answer = common.response_ids(
+                model.tok, new[i]["response"], ended, c.max_response, sampled
+            )
+            sequences += [(prompt, chosen), (prompt, rejected), (prompt, answer)]
 
         logps = []
         with torch.no_grad():
@@ -767,7 +772,7 @@ def report(out: Path, results: list[dict], model: str, started: float):
     names = [f"iteration {i}" for i in range(len(folders))]
     job.write_samples(out, "iteration", dict(zip(names, folders)))
 
-    columns = "iteration update score full_marks win tie loss swapped noise_std"
+    columns = "iteration update score full_marks win tie loss cut swapped noise_std"
     columns += " logp_positive logp_negative logp_new grad_norm"
     print(job.table(results, columns.split()))
     first = job.read_jsonl(folders[0] / "test.jsonl")[:3]

@@ -31,6 +31,7 @@ import datafiles
 import job
 from common import (
     API_CONCURRENCY,
+    Drawn,
     Model,
     Sampling,
     answer_row,
@@ -40,6 +41,7 @@ from common import (
     fitting,
     generate,
     load_tokenizer,
+    warn_of_cut,
 )
 
 
@@ -90,7 +92,7 @@ def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[di
         )
         if fault:
             sys.exit(fault)
-        return [answer_row(rows[i], j, answer) for (i, j), answer in zip(items, answers)]
+        return [answer_row(rows[i], j, Drawn(*answer)) for (i, j), answer in zip(items, answers)]
 
     settings = [
         c.model,
@@ -99,7 +101,9 @@ def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[di
         c.max_new_tokens,
         [row["id"] for row in rows],
     ]
-    return job.phase(out, every_sample(len(rows), c.n), work, API_CONCURRENCY, settings)
+    answers = job.phase(out, every_sample(len(rows), c.n), work, API_CONCURRENCY, settings)
+    warn_of_cut(out, answers, c.max_new_tokens)
+    return answers
 
 
 def leave_out_long(rows: list[dict], dropped: Counter, tok, config, c: Config) -> list[dict]:

@@ -936,7 +936,8 @@ def show_plan(c, tok, pairs, held, flipped: list[bool], dropped: Counter, device
     print(f"  chosen, with loss: {tok.decode(chosen)!r}")
     print(
         f"rejected, with loss: {tok.decode(rejected)!r} "
-        f"({len(prompt)} + {len(chosen)}, {len(rejected)} tokens)",
+        f"({len(prompt)} + {len(chosen)}, {len(rejected)} tokens)"
+        f", end of a turn: {common.end_note(tok)}",
         flush=True,
     )
 

@@ -424,7 +424,10 @@ def draw_answers(
         n=n,
         note=f"{at.name}: sample {name}",
     )
-    answers = [Answer(row["response"], row["meta"]["finish"] == "stop") for row in drawn]
+    answers = []
+    for row in drawn:
+        ended, ids = row["meta"]["finish"] == "stop", row["meta"].get("ids")
+        answers.append(Answer(row["response"], ended, ids=ids))
     return [answers[i * n : (i + 1) * n] for i in range(len(at.rows))]
 
 
@@ -460,6 +463,7 @@ def make_pairs(c, at: Slice, candidates: Candidates) -> tuple[list[dict], int]:
                 "cell": f"{positive} > {negative}",
                 "chosen_ended": chosen.ended,
                 "rejected_ended": rejected.ended,
+                **common.sampled_ids(chosen, rejected),
             }
             texts = {"chosen": chosen.text, "rejected": rejected.text}
             pairs.append({"id": pair_id, "prompt": row["prompt"], **texts, "meta": meta})
@@ -640,11 +644,12 @@ def apply_verdicts(
 
 def swapped(pair: dict) -> dict:
     """The pair with its sides exchanged."""
-    meta = {
-        **pair["meta"],
-        "chosen_ended": pair["meta"]["rejected_ended"],
-        "rejected_ended": pair["meta"]["chosen_ended"],
-    }
+    meta = dict(pair["meta"])
+    for what in ("ended", "ids"):
+        sides = meta.pop(f"chosen_{what}", None), meta.pop(f"rejected_{what}", None)
+        for side, value in zip(("rejected", "chosen"), sides):
+            if value is not None:
+                meta[f"{side}_{what}"] = value
     return {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"], "meta": meta}
 
 
@@ -1026,7 +1031,7 @@ def report(out: Path, results: list[dict], model: str, started: float):
     folders += [out / f"round{r['round']}-slice{r['slice']}" for r in results[1:]]
     job.write_samples(out, "slice", {folder.name: folder for folder in folders})
 
-    columns = "round slice score full_marks win tie loss chosen_reward rejected_reward"
+    columns = "round slice score full_marks win tie loss cut chosen_reward rejected_reward"
     columns += " clipped_chosen clipped_rejected pairs steps"
     print(job.table(results, columns.split()))
 
