@@ -168,6 +168,7 @@ def text_ids(tok, text: str) -> list[int]:
 
 # Templates that write today's date write this one, so that a run has the same ids on every day.
 DAY = datetime.date(2024, 7, 26)
+CALL_FOR_DATE = re.compile(r"""strftime_now\(\s*(['"])(?P<format>.*?)\1\s*\)""")
 ASKED = "Are there many?"  # what the probes ask
 SAID = "Yes, 7 of them."
 PROBES = (SAID, "7 of them.", "(a) none", "\u4e03\u4e2a", "\U0001f642 yes")  # what they answer
@@ -209,7 +210,7 @@ def read_turn(tok) -> Turn:
         raise ValueError("its chat template renders nothing of a prompt that is plain text")
 
     notes = []
-    if "strftime_now" in tok.get_chat_template():
+    if CALL_FOR_DATE.search(tok.get_chat_template()):
         notes.append(f"its chat template writes the date: in every run it is {DAY}")
     eos = tok.eos_token
     try:
@@ -243,8 +244,14 @@ def read_turn(tok) -> Turn:
 
 
 def render(tok, messages: list[dict], **how):
-    """The chat template's rendering: ids, or with tokenize=False the text."""
-    return tok.apply_chat_template(messages, return_dict=False, strftime_now=DAY.strftime, **how)
+    """The chat template's rendering, on DAY: ids, or with tokenize=False the text."""
+    template = CALL_FOR_DATE.sub(written_date, tok.get_chat_template())
+    return tok.apply_chat_template(messages, chat_template=template, return_dict=False, **how)
+
+
+def written_date(call: re.Match) -> str:
+    """DAY as a template writes it, in the place of its call for today's date."""
+    return repr(DAY.strftime(call["format"]))
 
 
 def around_answer(tok, prompt: list[dict], answer: str) -> tuple[str, str, str]:
@@ -280,7 +287,7 @@ def with_prompt(turn: Turn, prompt: str, before: str, notes: list[str]) -> Turn:
     if before.startswith(prompt):
         notes.append(
             f"its chat template writes {more!r} between prompt and answer: "
-            "answers are sampled and trained after it, and so without a thought before them"
+            "answers are sampled and trained after it, without a thought of the model's before them"
         )
         return turn._replace(opened=True, header=more)
     if prompt.startswith(before):
@@ -307,13 +314,13 @@ def with_anchor(tok, turn: Turn, question: list[dict], notes: list[str]) -> Turn
     theirs, ours = next(found for found in first if found)
     notes.append(
         "its chat template gives a whole conversation other tokens than prompt, answer and end: "
-        f"{theirs!r} where {ours!r} is sampled and trained"
+        f"{theirs} where {ours} is sampled and trained"
     )
     return turn
 
 
-def difference(tok, turn: Turn, question: list[dict], said: str) -> tuple[str, str] | None:
-    """Where the template's ids of a conversation differ from ours: its text and ours from there."""
+def difference(tok, turn: Turn, question: list[dict], said: str) -> tuple[list, list] | None:
+    """Where the template's ids of a conversation differ from ours: its tokens and ours there."""
     before, answer, after = around_answer(tok, question, said)
     whole = tok(before + answer + after, add_special_tokens=False)["input_ids"]
     prompt = before
@@ -325,7 +332,8 @@ def difference(tok, turn: Turn, question: list[dict], said: str) -> tuple[str, s
         ids.append(turn.end)
     for place, token in enumerate(ids):
         if whole[place : place + 1] != [token]:
-            return tok.decode(whole[place:][:6]), tok.decode(ids[place:][:6])
+            theirs, ours = whole[place : place + 4], ids[place : place + 4]
+            return tok.convert_ids_to_tokens(theirs), tok.convert_ids_to_tokens(ours)
     return None
 
 
@@ -699,8 +707,8 @@ def final_part(tok, turn: Turn, ids: list[int]) -> list[int]:
     template's header is empty then.
     """
     header = tok(turn.header, add_special_tokens=False)["input_ids"]
-    special = set(header) & set(tok.all_special_ids)
-    if not special & set(ids):
+    special = {i for i, token in tok.added_tokens_decoder.items() if token.special}
+    if not special & set(header) & set(ids):
         return ids
     for start in range(len(ids) - len(header), -1, -1):
         if ids[start : start + len(header)] == header:
