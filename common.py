@@ -12,7 +12,7 @@ N response tokens, V vocabulary, D width. Log-probs are natural (nats) and fp32.
 
 Text is the interface between phases, so that a model with another tokenizer can join, and both
 sides of a pair are tokenised by the same function. Only where a sampled answer's text would give
-other tokens than those that were sampled, these stand beside it (meta.ids).
+other tokens than those that were sampled, these stand beside it (meta.sampled_ids).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,17 +121,18 @@ def prompt_ids(tok, prompt: list[dict]) -> list[int]:
 
 
 def response_ids(
-    tok, text: str, ended: bool, limit: int, sampled: list[int] | None = None
+    tok, text: str, ended: bool, limit: int, sampled: Sequence[list[int]] = ()
 ) -> list[int]:
     """Ids of a response, at most `limit`.
 
     The token that ends a turn follows if the response ended by itself and was not cut here.
-    sampled: the ids that the text was decoded from; they are taken if they spell it.
+    sampled: ids that the text may have been decoded from; those that spell it are taken.
     """
     turn = turn_of(tok)
-    ids = sampled
-    if not sampled or spelled(tok, turn, sampled) != text:
-        ids = answer_ids(tok, turn, text, ended)
+    ids = answer_ids(tok, turn, text, ended)
+    for others in sampled:
+        if spelled(tok, turn, others) == text:
+            ids = others
     if ended and len(ids) < limit:
         return [*ids, turn.end]
     return ids[:limit]
@@ -387,7 +388,7 @@ def encode_pairs(
     """Turns preference rows into pairs of ids; those that teach nothing are left out and counted.
 
     meta.chosen_ended or meta.rejected_ended = False says that a side was cut: it gets no token that
-    ends it. meta.chosen_ids and meta.rejected_ids are the ids that a side was sampled as.
+    ends it. meta.sampled_ids holds the ids that sides were sampled as, in any order.
     """
     pairs, dropped = [], Counter()
     for row in rows:
@@ -409,14 +410,14 @@ def encode_pairs(
 def side_ids(tok, row: dict, side: str, max_response: int) -> list[int]:
     """Ids of one side ("chosen" or "rejected") of a preference row."""
     ended = row["meta"].get(f"{side}_ended", True)
-    sampled = row["meta"].get(f"{side}_ids")
+    sampled = row["meta"].get("sampled_ids", ())
     return response_ids(tok, row[side], ended, max_response, sampled)
 
 
-def sampled_ids(chosen: Answer, rejected: Answer) -> dict[str, list[int]]:
+def sampled_ids(chosen: Answer, rejected: Answer) -> dict[str, list[list[int]]]:
     """What a preference row's meta says of the ids that its sides were sampled as."""
-    ids = {"chosen_ids": chosen.ids, "rejected_ids": rejected.ids}
-    return {name: value for name, value in ids.items() if value}
+    ids = [*chosen.sampled_ids, *rejected.sampled_ids]
+    return {"sampled_ids": ids} if ids else {}
 
 
 def same_text(row: dict) -> bool:
@@ -578,7 +579,7 @@ class Answer(NamedTuple):
     text: str
     ended: bool  # by itself: it was not cut
     score: float | None = None  # a judge's
-    ids: list[int] | None = None  # as sampled, where the text alone would give other ones
+    sampled_ids: tuple[list[int], ...] = ()  # where the text alone would give other ones
 
 
 class Drawn(NamedTuple):
@@ -727,9 +728,9 @@ def generate(
 ) -> list[dict]:
     """n answers to each row's prompt, in the file `out`, on all ranks.
 
-    A row of it is {"id", "prompt", "response", "meta": {"sample", "finish"}}; meta.ids are the
-    sampled ids where the response alone would give other ones. The model is loaded only if there is
-    something left to do.
+    A row of it is {"id", "prompt", "response", "meta": {"sample", "finish"}}; where the
+    response alone would give other ids than the sampled ones, meta.sampled_ids is a list of these.
+    The model is loaded only if there is something left to do.
     """
     prompts = [prompt_ids(model.tok, row["prompt"]) for row in rows]
     lm = None
@@ -788,7 +789,7 @@ def answer_row(row: dict, number: int, answer: Drawn) -> dict:
     """The row of a file of answers for one answer to a row's prompt."""
     meta = {"sample": number, "finish": answer.finish}
     if answer.ids:
-        meta["ids"] = answer.ids
+        meta["sampled_ids"] = [answer.ids]
     return {"id": row["id"], "prompt": row["prompt"], "response": answer.text, "meta": meta}
 
 

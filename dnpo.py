@@ -440,8 +440,8 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
         for i, annotated_score, generated_score in zip(items, annotated_scores, generated_scores):
             ended = answers[i]["meta"]["finish"] == "stop"
             annotated = Answer(rows[i]["response"], True, annotated_score)
-            sampled = answers[i]["meta"].get("ids")
-            generated = Answer(answers[i]["response"], ended, generated_score, sampled)
+            ids = answers[i]["meta"].get("sampled_ids", ())
+            generated = Answer(answers[i]["response"], ended, generated_score, ids)
             pairs.append(preference_row(c, at, rows[i], annotated, generated))
         return pairs
 
@@ -474,14 +474,12 @@ def preference_row(c, at: Iteration, row: dict, annotated: Answer, generated: An
             why = "tie"
         elif dynamic_labels(annotated.score, generated.score) == "generated":
             chosen, rejected = generated, annotated
-    ids = common.sampled_ids(chosen, rejected)
     return {
         "id": row["id"],
         "prompt": row["prompt"],
         "chosen": chosen.text,
         "rejected": rejected.text,
         "meta": {
-            **ids,
             "iteration": at.number,
             "swapped": chosen is generated,
             "why": why,
@@ -489,6 +487,7 @@ def preference_row(c, at: Iteration, row: dict, annotated: Answer, generated: An
             "score_generated": generated.score,
             "chosen_ended": chosen.ended,
             "rejected_ended": rejected.ended,
+            **common.sampled_ids(chosen, rejected),
         },
     }
 
@@ -692,11 +691,9 @@ def measure_logps(
             chosen = common.side_ids(model.tok, pairs[i], "chosen", c.max_response)
             rejected = common.side_ids(model.tok, pairs[i], "rejected", c.max_response)
             ended = new[i]["meta"]["finish"] == "stop"
-            sampled = new[i]["meta"].get("ids")
-            answer = common.response_ids(
-                model.tok, new[i]["response"], ended, c.max_response, sampled
-            )
-            sequences += [(prompt, chosen), (prompt, rejected), (prompt, answer)]
+            ids = new[i]["meta"].get("sampled_ids", ())
+            sampled = common.response_ids(model.tok, new[i]["response"], ended, c.max_response, ids)
+            sequences += [(prompt, chosen), (prompt, rejected), (prompt, sampled)]
 
         logps = []
         with torch.no_grad():

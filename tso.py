@@ -426,8 +426,9 @@ def draw_answers(
     )
     answers = []
     for row in drawn:
-        ended, ids = row["meta"]["finish"] == "stop", row["meta"].get("ids")
-        answers.append(Answer(row["response"], ended, ids=ids))
+        ended = row["meta"]["finish"] == "stop"
+        ids = row["meta"].get("sampled_ids", ())
+        answers.append(Answer(row["response"], ended, sampled_ids=ids))
     return [answers[i * n : (i + 1) * n] for i in range(len(at.rows))]
 
 
@@ -644,12 +645,11 @@ def apply_verdicts(
 
 def swapped(pair: dict) -> dict:
     """The pair with its sides exchanged."""
-    meta = dict(pair["meta"])
-    for what in ("ended", "ids"):
-        sides = meta.pop(f"chosen_{what}", None), meta.pop(f"rejected_{what}", None)
-        for side, value in zip(("rejected", "chosen"), sides):
-            if value is not None:
-                meta[f"{side}_{what}"] = value
+    meta = {
+        **pair["meta"],
+        "chosen_ended": pair["meta"]["rejected_ended"],
+        "rejected_ended": pair["meta"]["chosen_ended"],
+    }
     return {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"], "meta": meta}
 
 

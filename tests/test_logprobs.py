@@ -843,9 +843,9 @@ def test_an_answer_is_trained_as_the_tokens_that_were_sampled(tmp_path):
         assert answer == (text, "stop", kept)
         assert sample(forced([*ids, end, i]), tok, [[1]], 1.0, 9, 0) == [(text, "stop")]
         row = common.answer_row({"id": "r", "prompt": USER}, 0, answer)
-        assert row["meta"].get("ids") == kept
+        assert row["meta"].get("sampled_ids") == ([kept] if kept else None)
 
-    meta = {"rejected_ids": [h, i], "chosen_ids": [h, i]}
+    meta = {"sampled_ids": [[h, i, newline], [h, i]]}
     row = {"id": "r", "prompt": USER, "chosen": "hi a", "rejected": "hi", "meta": meta}
     [pair], _ = encode_pairs(tok, [row], LONG, LONG)
     assert pair.rejected == [h, i, end]
@@ -853,9 +853,12 @@ def test_an_answer_is_trained_as_the_tokens_that_were_sampled(tmp_path):
     other = sentencepiece()
     [pair], _ = encode_pairs(other, [row], LONG, LONG)
     assert pair.rejected == response_ids(other, "hi", True, LONG)
-    assert response_ids(tok, "hi", True, 2, [h, i]) == [h, i]
+    assert response_ids(tok, "hi", True, 2, [[h, i]]) == [h, i]
 
-    row["chosen"], row["meta"] = "hi", {"rejected_ids": [h, i]}
+    row["chosen"] = "hi\n"
+    [pair], _ = encode_pairs(tok, [row], LONG, LONG)
+    assert (pair.chosen, pair.rejected) == ([h, i, newline, end], [h, i, end])
+    row["chosen"], row["meta"] = "hi", {"sampled_ids": [[h, i]]}
     assert encode_pairs(tok, [row], LONG, LONG) == ([], {"identical sides": 1})
 
 
