@@ -904,23 +904,43 @@ RATING, VERDICT = "Rating: [[", "Verdict: [["  # how an answer in the demanded f
 
 
 def read_score(text: str) -> float | None:
-    """The last [[n]] of a judge's answer if 1 <= n <= 10, else None.
+    """The [[n]] of a judge's answer, as last_in_brackets finds it, if 1 <= n <= 10, else None.
 
     There is no default: what can't be read is not a score.
     """
-    found = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", text)
+    found = last_in_brackets(text, "Rating", r"\d+(?:\.\d+)?", echo="Rating: [[n]]")
     if not found:
         return None
-    score = float(found[-1])
+    score = float(found)
     return score if 1 <= score <= 10 else None
 
 
 def read_verdict(text: str) -> str | None:
-    """The last [[A]], [[B]] or [[tie]] of a judge's answer, else None."""
-    found = re.findall(r"\[\[\s*(A|B|tie)\s*\]\]", text, re.I)
-    if not found:
-        return None
-    return {"A": "A", "B": "B", "TIE": "tie"}[found[-1].upper()]
+    """The [[A]], [[B]] or [[tie]] of a judge's answer, as last_in_brackets finds it, else None."""
+    echo = "Verdict: [[A]], Verdict: [[B]], or Verdict: [[tie]]"
+    found = last_in_brackets(text, "Verdict", "A|B|tie", echo)
+    return {"A": "A", "B": "B", "TIE": "tie"}[found.upper()] if found else None
+
+
+THOUGHT = re.compile(
+    r"[<\[](think|thinking|thought|reasoning)[>\]].*?([<\[]/\1[>\]]|$)", re.I | re.S
+)
+END_OF_THOUGHT = re.compile(r"[<\[]/(?:think|thinking|thought|reasoning)[>\]]", re.I)
+
+
+def last_in_brackets(text: str, word: str, values: str, echo: str) -> str | None:
+    """The value in double brackets that a judge's answer gives, or None.
+
+    The last one in the demanded form, WORD: [[value]], outranks bare brackets. What is thought does
+    not count, whether the block is closed or not, or was opened by the server. Where the question
+    is echoed, with `echo` in it, brackets alone may be anybody's.
+    """
+    said = END_OF_THOUGHT.split(THOUGHT.sub("", text))[-1]
+    brackets = rf"\[\[\s*({values})\s*\]\]"
+    in_form = re.findall(rf"{word}[\s:*_]*{brackets}", said.replace(echo, ""), re.I)
+    bare = [] if echo in said else re.findall(brackets, said, re.I)
+    found = in_form or bare
+    return found[-1] if found else None
 
 
 def as_text(prompt: list[dict]) -> str:
@@ -985,7 +1005,10 @@ class Judge:
             values = self.ask(kind, list(todo.values()), again) if todo else []
             self.remember({key: value for key, value in zip(todo, values) if value is not None})
             if self.fault:
-                sys.exit(self.fault)
+                resume = ""
+                if self.file and (self.file.parent.parent / "config.json").is_file():
+                    resume = " with --resume"
+                sys.exit(f"{self.fault}; start again{resume}: no answer is asked for twice")
         self.unreadable += len(set(keys) - self.known.keys())
 
         if self.asked >= 20 and self.unreadable > 0.2 * self.asked:
@@ -1101,11 +1124,18 @@ class TextJudge(Judge):
             questions = [
                 SCORE_PROMPT.format(prompt=as_text(prompt), a=text) for prompt, text in items
             ]
-            return [read_score(answer) for answer in self.complete(questions, RATING, again)]
+            answers = self.complete(questions, RATING, again)
+            return [read_score(new_words(*asked)) for asked in zip(questions, answers)]
         questions = [
             COMPARE_PROMPT.format(prompt=as_text(prompt), a=a, b=b) for prompt, a, b in items
         ]
-        return [read_verdict(answer) for answer in self.complete(questions, VERDICT, again)]
+        answers = self.complete(questions, VERDICT, again)
+        return [read_verdict(new_words(*asked)) for asked in zip(questions, answers)]
+
+
+def new_words(question: str, answer: str) -> str:
+    """An answer without the question, which some models repeat, and with it what is judged."""
+    return answer.replace(question, "")
 
 
 class LocalJudge(TextJudge):
@@ -1169,12 +1199,18 @@ class EndpointJudge(TextJudge):
     def __init__(self, spec: str, cache: Path | None):
         super().__init__(spec, cache)
         self.name = spec.partition(":")[2]
-        self.client = endpoint()
+        self.server = endpoint()
+        self.server.answered = len(self.known)  # by an earlier start of the run
 
     def complete(self, questions, opening, again):
         talks = [[{"role": "user", "content": question}] for question in questions]
-        answers, self.fault = chat(self.client, self.name, talks, temperature=0)
-        return [answer[0] if answer else "" for answer in answers]
+        temperature = 1 if again else 0  # at 0 the second answer would be the first
+        answers, self.fault = chat(self.server, self.name, talks, temperature=temperature)
+        texts = []
+        for answer in answers:
+            text, finish = answer or ("", "stop")
+            texts.append(text if finish == "stop" else "")  # what was cut has no verdict yet
+        return texts
 
 
 def make_judge(
@@ -1210,8 +1246,49 @@ API_RETRIES = 6  # tries after the first
 API_TIMEOUT = 60  # seconds
 
 
-def endpoint(url: str | None = None):
-    """An `openai` client of `url`, or of OPENAI_BASE_URL, which is checked to answer."""
+# Finish reasons that say that there is no answer, whatever text there is.
+NO_ANSWER = ("content_filter", "tool_calls", "function_call")
+
+
+@dataclass
+class Endpoint:
+    """An OpenAI-compatible server, and what this run has learned of it."""
+
+    client: object  # of the openai package
+    # options that it refuses, with the names that it wants for them, or None
+    refuses: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    answered: int = 0  # conversations
+    fault: str = ""  # why it last refused a conversation
+
+    def accepted(self, options: dict) -> dict:
+        """The options under the names that it wants, without those that it wants not at all."""
+        accepted = {}
+        for name, value in options.items():
+            while name in self.refuses:
+                name = self.refuses[name]
+            if name:
+                accepted[name] = value
+        return accepted
+
+    def learns(self, sent: dict, refusal: str) -> bool:
+        """Whether a refusal names an option that was sent, which it then won't be any more.
+
+        A conversation that is too long is refused with the name of its limit, too.
+        """
+        if re.search("context|too large|too long|exceed", refusal, re.I):
+            return False
+        for name in sent:
+            if re.search(rf"\b{name}\b", refusal):
+                other = "max_completion_tokens" if name == "max_tokens" else None
+                self.refuses[name] = other
+                instead = f"with {other} instead" if other else "without it"
+                say_once(f"note: {self.client.base_url} refuses {name}: it is asked {instead}")
+                return True
+        return False
+
+
+def endpoint(url: str | None = None) -> Endpoint:
+    """The server at `url`, or at OPENAI_BASE_URL, which is checked to answer."""
     try:
         import openai
     except ImportError:
@@ -1235,17 +1312,19 @@ def endpoint(url: str | None = None):
         job.die(f"{client.base_url}: refused the key in OPENAI_API_KEY")
     except Exception:  # not every server lists its models
         pass
-    return client
+    return Endpoint(client)
 
 
 def chat(
-    client, model: str, conversations: list[list[dict]], **options
+    server: Endpoint, model: str, conversations: list[list[dict]], **options
 ) -> tuple[list[tuple[str, str] | None], str | None]:
     """Asks for one answer to each conversation, API_CONCURRENCY at a time.
 
-    Returns (text, "stop" | "length") or None for each, and the reason why the run must end, or
-    None. The client retries 429, 5xx and time-outs with back-off, and we retry a body that is no
-    chat completion. Where that does not help, the rest is not asked and stays None.
+    Returns (text, "stop" | "length") for each, or None where there is no answer to it, and the
+    reason why the run must end, or None. The client retries 429, 5xx and time-outs with back-off,
+    and we retry a body that is no chat completion. Where that does not help, and where the server
+    refuses us, a name or everything, the rest is not asked and stays None; a conversation that it
+    refuses is one without an answer.
     """
     import openai
 
@@ -1256,12 +1335,9 @@ def chat(
             if faults:
                 return None
             try:
-                completion = client.chat.completions.create(
-                    model=model, messages=messages, **options
-                )
-                choice = completion.choices[0]
-                finish = "length" if choice.finish_reason == "length" else "stop"
-                return choice.message.content or "", finish
+                answer = read_choice(ask(messages).choices[0])
+                server.answered += answer is not None
+                return answer
             except (
                 ValueError,
                 AttributeError,
@@ -1270,16 +1346,57 @@ def chat(
                 openai.APIResponseValidationError,
             ) as fault:
                 last = f"its answer is no chat completion ({type(fault).__name__})"
+                retried = True
             except openai.OpenAIError as fault:
-                last = str(fault)
+                last, retried = " ".join(str(fault).split()), is_retried(fault)
+                if is_refusal(fault):
+                    server.fault = last
+                    return None
                 break
-        reason = " ".join(last.split())
-        faults.append(
-            f"error: {client.base_url}: {reason} (after {API_RETRIES} retries); "
-            "start again, with --resume if there is one: no answer is asked for twice"
-        )
+        after = f" (after {API_RETRIES} retries)" if retried else ""
+        faults.append(f"error: {server.client.base_url}: {last}{after}")
         return None
+
+    def ask(messages):
+        while True:
+            sent = server.accepted(options)
+            try:
+                return server.client.chat.completions.create(model=model, messages=messages, **sent)
+            except openai.APIStatusError as fault:
+                if not is_refusal(fault) or not server.learns(sent, str(fault)):
+                    raise
 
     with ThreadPoolExecutor(API_CONCURRENCY) as pool:
         answers = list(pool.map(one, conversations))
+    if len(answers) > 1 and not server.answered and not faults and server.fault:
+        faults.append(f"error: {server.client.base_url} refuses everything: {server.fault}")
     return answers, faults[0] if faults else None
+
+
+def is_refusal(fault) -> bool:
+    """Whether it is about one conversation, or an option, and not about us or the server."""
+    return getattr(fault, "status_code", None) in (400, 413, 422)
+
+
+def is_retried(fault) -> bool:
+    """Whether the client has retried before it gave up with this fault."""
+    import openai
+
+    status = getattr(fault, "status_code", None)
+    if status is None:
+        return isinstance(fault, openai.APIConnectionError)
+    return status in (408, 409, 429) or status >= 500
+
+
+def read_choice(choice) -> tuple[str, str] | None:
+    """The text of a chat completion's choice and "stop" or "length", or None if it answers nothing.
+
+    Content may come in parts; half of a surrogate pair, which UTF-8 can't write, is dropped.
+    """
+    content = choice.message.content or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    text = content.encode(errors="ignore").decode()
+    if not text.strip() or choice.finish_reason in NO_ANSWER:
+        return None
+    return text, "length" if choice.finish_reason == "length" else "stop"

@@ -78,7 +78,7 @@ def generate_locally(out: Path, rows: list[dict], model: Model, c: Config) -> li
 
 
 def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[dict]:
-    """The same from an OpenAI-compatible server."""
+    """The same from an OpenAI-compatible server. What it does not answer is left out."""
 
     def work(items, number):
         prompts = [rows[i]["prompt"] for i, _ in items]
@@ -91,8 +91,11 @@ def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[di
             max_tokens=c.max_new_tokens,
         )
         if fault:
-            sys.exit(fault)
-        return [answer_row(rows[i], j, Drawn(*answer)) for (i, j), answer in zip(items, answers)]
+            sys.exit(f"{fault}; start again: no answer is asked for twice")
+        drawn = []
+        for (i, j), answer in zip(items, answers):
+            drawn.append(answer_row(rows[i], j, Drawn(*answer)) if answer else None)
+        return drawn
 
     settings = [
         c.model,
@@ -102,6 +105,9 @@ def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[di
         [row["id"] for row in rows],
     ]
     answers = job.phase(out, every_sample(len(rows), c.n), work, API_CONCURRENCY, settings)
+    if not answers:
+        out.unlink(missing_ok=True)
+        sys.exit(f"error: {c.endpoint} has answered none of {len(rows)} prompts: {client.fault}")
     warn_of_cut(out, answers, c.max_new_tokens)
     return answers
 
@@ -164,7 +170,9 @@ def main():
         answers = generate_locally(out, rows, Model(c.model, tok, device, dtype), c)
     if job.on_rank_0():
         cut = [answer["meta"]["finish"] for answer in answers].count("length")
-        print(f"{out}: {len(answers)} answers, {cut} cut at {c.max_new_tokens} tokens")
+        missing = len(rows) * c.n - len(answers)
+        left_out = job.left_out_note({"no answer from the endpoint": missing})
+        print(f"{out}: {len(answers)} answers, {cut} cut at {c.max_new_tokens} tokens{left_out}")
     job.leave()
 
 

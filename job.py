@@ -247,10 +247,10 @@ def phase(
 ) -> list[dict]:
     """Maps items to rows, one for one, in a JSON lines file, on all ranks; returns the rows.
 
-    work(batch of items, the batch's number) returns their rows. Batches have `size` items, which
-    are neighbours under `key`, so that their lengths match. The batches and their numbers are the
-    same for any number of ranks and interruptions; so are the rows, if their seeds are made of the
-    batch's number.
+    work(batch of items, the batch's number) returns their rows; None in the place of a row leaves
+    it out of the file. Batches have `size` items, which are neighbours under `key`, so that their
+    lengths match. The batches and their numbers are the same for any number of ranks and
+    interruptions; so are the rows, if their seeds are made of the batch's number.
 
     Every finished batch is a line in PATH.partRANK, and a killed phase goes on from there. If it
     was begun with other `settings` or items, the program ends; where items are indices, what they
@@ -282,7 +282,7 @@ def phase(
             for number, batch in enumerate(batches):
                 for i, row in zip(batch, done[number]):
                     rows[i] = row
-            write_atomic(path, json_lines(rows))
+            write_atomic(path, json_lines(row for row in rows if row is not None))
         barrier()
 
     if on_rank_0():
