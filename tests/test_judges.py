@@ -960,7 +960,7 @@ def test_the_second_question_is_not_the_first_again(serve):
 
 def parts(*contents) -> dict:
     """A completion whose content is a list of parts."""
-    return completion([{"type": kind, kind: text} for kind, text in contents])
+    return completion([{"type": kind, "text": text} for kind, text in contents])
 
 
 TOOLS = {"choices": [{"finish_reason": "tool_calls", "message": {"content": None}}]}
@@ -983,6 +983,7 @@ def test_what_is_no_answer_is_left_out_and_counted(serve, monkeypatch, capsys, t
         **NO_ANSWERS,
         "parts": parts(("thinking", "hm"), ("text", "Rating: "), ("text", "[[8]]")),
         "half": {"choices": [{"message": {"content": "Rating: [[7]]\ud83d"}}]},
+        "long": TOO_LONG,
     }
 
     def judged(question, n):
@@ -990,7 +991,7 @@ def test_what_is_no_answer_is_left_out_and_counted(serve, monkeypatch, capsys, t
 
     serve(judged)
     scores = make_judge("api:m", None).score([(user("p"), name) for name in answers])
-    assert scores == [None] * len(NO_ANSWERS) + [8, 7]
+    assert scores == [None] * len(NO_ANSWERS) + [8, 7, None]
 
     def answered(question, n):
         return answers[question]
@@ -1002,7 +1003,8 @@ def test_what_is_no_answer_is_left_out_and_counted(serve, monkeypatch, capsys, t
         ("id-parts", "Rating: [[8]]"),
         ("id-half", "Rating: [[7]]"),
     ]
-    assert "2 answers, 0 cut at 512 tokens, 6 left out: no answer from the endpoint" in shown.out
+    assert "2 answers, 0 cut at 512 tokens, 7 left out: no answer from the endpoint" in shown.out
+    assert all(body["max_tokens"] == 512 for body in server.bodies)
 
 
 def test_a_judgement_that_was_cut_is_none(serve):
