@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import functools
 import json
 import os
 import re
@@ -83,15 +82,8 @@ def load_tokenizer(path: str):
     except ValueError as fault:
         job.die(f"{path}: {fault}")
     for note in notes:
-        say_once(f"note: {path}: {note}")
+        job.say_once(f"note: {path}: {note}")
     return tok, config
-
-
-@functools.cache
-def say_once(line: str):
-    """Prints a line on rank 0, the first time that it is given."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(line, flush=True)
 
 
 def check_context(path: str, config, max_prompt: int, max_response: int):
@@ -1282,7 +1274,7 @@ class Endpoint:
                 other = "max_completion_tokens" if name == "max_tokens" else None
                 self.refuses[name] = other
                 instead = f"with {other} instead" if other else "without it"
-                say_once(f"note: {self.client.base_url} refuses {name}: it is asked {instead}")
+                job.say_once(f"note: {self.client.base_url} refuses {name}: it is asked {instead}")
                 return True
         return False
 

@@ -58,6 +58,13 @@ def die(message: str) -> typing.NoReturn:
     sys.exit(2)
 
 
+@functools.cache
+def say_once(line: str):
+    """Prints a line on rank 0, the first time that it is given; there may be no group yet."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, flush=True)
+
+
 def seed_of(*parts) -> int:
     """Returns a 63-bit seed made of numbers, strings, and lists or tuples of them.
 
