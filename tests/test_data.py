@@ -204,15 +204,15 @@ SHAPES = {
             {"system": "", "prompt": "a", "chosen": "b", "rejected": "c"},
             {
                 "system": "s",
-                "prompt": "a",
-                "chosen": "\n\nHuman: a\n\nAssistant: d",
-                "rejected": "\n\nHuman: a\n\nAssistant: e",
+                "prompt": "q",
+                "chosen": "\n\nHuman: q\n\nAssistant: d",
+                "rejected": "\n\nHuman: q\n\nAssistant: e",
             },
         ],
         expected=[
             {"prompt": [system("s"), user("a")], "chosen": "b", "rejected": "c", "meta": {}},
             {"prompt": [user("a")], "chosen": "b", "rejected": "c", "meta": {}},
-            {"prompt": [system("s"), user("a")], "chosen": "d", "rejected": "e", "meta": {}},
+            {"prompt": [system("s"), user("q")], "chosen": "d", "rejected": "e", "meta": {}},
         ],
     ),
     "a column for the system turn beside conversations that have it": Shape(
