@@ -304,6 +304,8 @@ class Config:
     activation_checkpointing: bool = True  # recompute activations in the backward pass
     sample_batch: int = 64  # answers sampled or scored at a time
     save_every: int = 50  # optimizer steps between training states
+    # of the weights of the last checkpoint; those in between stay in float32
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
     out: str = "runs/dnpo"  # folder of the run
     resume: bool = False  # go on with the run in --out
     overwrite: bool = False  # delete the run in --out and begin again
@@ -343,7 +345,7 @@ TOY = {
 }
 # what may change between a run and its --resume
 MAY_CHANGE = ("out", "resume", "overwrite", "iterations", "parallel", "offload_reference")
-MAY_CHANGE += ("micro_batch", "save_every")
+MAY_CHANGE += ("micro_batch", "save_every", "save_dtype")
 
 
 # ------------------------------------------------------------------------- the iterations
@@ -557,7 +559,9 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
         metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])
         metrics = noise_metrics(metrics, at.npo)
         run.write(step, metrics, lr=factor * c.lr, grad_norm=norm)
-    job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path)
+    last = at.number == c.warmup_iterations + c.iterations
+    dtype = c.save_dtype if last else "float32"
+    job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path, dtype)
 
 
 def descend(

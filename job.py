@@ -584,11 +584,11 @@ def load_state(path: Path, parts: dict) -> dict:
     return state["more"]
 
 
-def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str):
+def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str, dtype: str = "float32"):
     """Saves the policy as an ordinary Hugging Face folder, all or nothing. All ranks must call it.
 
-    The folder has weights in fp32, tokenizer, chat template, and the generation_config of `source`,
-    the model that the training started from.
+    The folder has weights in `dtype`, tokenizer, chat template, and the generation_config of
+    `source`, the model that the training started from.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from transformers import GenerationConfig
@@ -605,8 +605,14 @@ def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str):
         if lm.config.tie_word_embeddings:
             for name in lm._tied_weights_keys or {}:
                 weights.pop(name, None)  # it is the embedding, which is saved once
+        for name, value in weights.items():
+            if value.is_floating_point():
+                weights[name] = value.to(getattr(torch, dtype))
         with all_or_nothing(folder) as temporary:
             lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
+            config = json.loads((temporary / "config.json").read_text())
+            config["dtype"] = dtype  # in which transformers loads it: lm's own is float32
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             tok.save_pretrained(temporary)
     barrier()
 

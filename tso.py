@@ -244,6 +244,8 @@ class Config:
     activation_checkpointing: bool = True  # recompute activations in the backward pass
     sample_batch: int = 64  # answers sampled or judged at a time
     save_every: int = 50  # optimizer steps between training states
+    # of the weights of the last checkpoint; those in between stay in float32
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
     out: str = "runs/tso"  # folder of the run
     resume: bool = False  # go on with the run in --out
     overwrite: bool = False  # delete the run in --out and begin again
@@ -288,7 +290,7 @@ TOY = {
 }
 # what may change between a run and its --resume
 MAY_CHANGE = ("out", "resume", "overwrite", "parallel", "offload_reference", "micro_batch")
-MAY_CHANGE += ("save_every", "verdicts", "export_pairs", "rounds")
+MAY_CHANGE += ("save_every", "save_dtype", "verdicts", "export_pairs", "rounds")
 
 
 # ------------------------------------------------------------------------- the slices
@@ -754,7 +756,8 @@ def train(c, at: Slice, pairs: list[Pair], start: Model):
 
         metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])
         run.write(step, metrics, lr=lr, grad_norm=norm, more=clip_note(metrics))
-    job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path)
+    dtype = c.save_dtype if at.number == c.rounds * c.slices else "float32"
+    job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path, dtype)
 
 
 def frozen_scorer(lm) -> Scorer:
