@@ -1,6 +1,7 @@
 """What dnpo.py, tso.py and sams.py share because it has one right answer.
 
     prompt -> ids -> masks -> log-probs     prompt_ids, response_ids, encode_pairs, collate, Scorer
+    what a chat template does               Turn, turn_of
     models that are folders, and samples    Model, load_lm, sample, generate, held_out
     judges and their prompts                make_judge, Judge.score, Judge.compare
 
@@ -9,21 +10,22 @@ Nothing here knows which method calls it.
 Shapes: S sequences of T tokens, of which collate_pairs makes 2B of B pairs, all chosen ones first;
 N response tokens, V vocabulary, D width. Log-probs are natural (nats) and fp32.
 
-Text is the only interface between phases: both sides of a pair are tokenised by the same function,
-so that neither can be told from the other by its tokens, and a model with another tokenizer can
-join.
+Text is the interface between phases, so that a model with another tokenizer can join, and both
+sides of a pair are tokenised by the same function. Only where a sampled answer's text would give
+other tokens than those that were sampled, these stand beside it (meta.sampled_ids).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +75,12 @@ def load_tokenizer(path: str):
     text = config.get_text_config(decoder=True)
     if "num_attention_heads" not in {**text.to_dict(), **text.attribute_map}:
         job.die(f"{path}: a model without attention ({config.model_type}) is not supported")
+    try:
+        notes = turn_of(tok).notes
+    except ValueError as fault:
+        job.die(f"{path}: {fault}")
+    for note in notes:
+        job.say_once(f"note: {path}: {note}")
     return tok, config
 
 
@@ -120,34 +128,234 @@ def prompt_ids(tok, prompt: list[dict]) -> list[int]:
     from jinja2 import TemplateError
 
     try:
-        return tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        if not turn_of(tok).opened:
+            return render(tok, prompt, add_generation_prompt=True)
+        before, _, _ = around_answer(tok, prompt, SAID)
     except TemplateError as fault:
         roles = [message["role"] for message in prompt]
         job.die(f"the chat template refuses a prompt of {roles}: {fault}")
+    return tok(before, add_special_tokens=False)["input_ids"]
 
 
-def response_ids(tok, text: str, ended: bool, limit: int) -> list[int]:
+def response_ids(
+    tok, text: str, ended: bool, limit: int, sampled: Sequence[list[int]] = ()
+) -> list[int]:
     """Ids of a response, at most `limit`.
 
-    The end-of-sequence token follows if the response ended by itself and was not cut here.
+    The token that ends a turn follows if the response ended by itself and was not cut here.
+    sampled: ids that the text may have been decoded from; those that spell it are taken.
     """
-    # SentencePiece tokenizers put a space before a text that stands alone, but not after a newline,
-    # which is where chat templates put a response. So it is tokenised after a newline.
-    anchor = text_ids(tok, "\n")
-    whole = text_ids(tok, "\n" + text)
-    if whole[: len(anchor)] == anchor:
-        ids = whole[len(anchor) :]
-    else:
-        ids = text_ids(tok, text)
-
+    turn = turn_of(tok)
+    ids = answer_ids(tok, turn, text, ended)
+    for others in sampled:
+        if spelled(tok, turn, others) == text:
+            ids = others
     if ended and len(ids) < limit:
-        return [*ids, tok.eos_token_id]
+        return [*ids, turn.end]
     return ids[:limit]
+
+
+def answer_ids(tok, turn: Turn, text: str, ended: bool) -> list[int]:
+    """Ids of an answer's text, with the blanks that the template writes around it.
+
+    SentencePiece tokenizers put a space before a text that stands alone, but not after a newline,
+    where most chat templates put an answer. So it is tokenised after turn.anchor.
+    """
+    text = turn.lead + text + (turn.tail if ended else "")
+    anchor = text_ids(tok, turn.anchor)
+    whole = text_ids(tok, turn.anchor + text)
+    if whole[: len(anchor)] == anchor:
+        return whole[len(anchor) :]
+    return text_ids(tok, text)
+
+
+def spelled(tok, turn: Turn, ids: list[int], skip_special_tokens: bool = False) -> str:
+    """The text of an answer's ids, without the blanks that the template writes around it."""
+    text = tok.decode(
+        ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+    return text.removeprefix(turn.lead).removesuffix(turn.tail)
 
 
 def text_ids(tok, text: str) -> list[int]:
     """Ids of a text in which the name of a special token stays text."""
     return tok(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+# ------------------------------------------------------------------------- what a template does
+
+# Templates that write today's date write this one, so that a run has the same ids on every day.
+DAY = datetime.date(2024, 7, 26)
+CALL_FOR_DATE = re.compile(r"""strftime_now\(\s*(['"])(?P<format>.*?)\1\s*\)""")
+ASKED = "Are there many?"  # what the probes ask
+SAID = "Yes, 7 of them."
+PROBES = (SAID, "7 of them.", "(a) none", "\u4e03\u4e2a", "\U0001f642 yes")  # what they answer
+
+
+class Turn(NamedTuple):
+    """What a chat template puts around an answer, read off conversations that it renders.
+
+    The ids of prompt, answer and end are those that the template gives the whole conversation;
+    where they are not, `notes` says so.
+    """
+
+    end: int  # the token that ends a turn: the first special one after the answer
+    lead: str = ""  # blanks between a prompt and its answer; they belong to the response
+    tail: str = ""  # what stands between an answer and its end; it belongs to the response
+    anchor: str = "\n"  # the text after which an answer has the template's tokens
+    opened: bool = False  # a prompt is what stands before an answer, not the generation prompt
+    header: str = ""  # what stands there beyond the generation prompt: a channel, a thought
+    notes: tuple[str, ...] = ()  # what a user must know, in whole lines
+
+
+def turn_of(tok) -> Turn:
+    """The Turn of a tokenizer, which is read once. ValueError says why there is none."""
+    if "turn" not in vars(tok):
+        tok.turn = read_turn(tok)
+    return tok.turn
+
+
+def read_turn(tok) -> Turn:
+    """Reads how a tokenizer's chat template puts an answer after a prompt."""
+    from jinja2 import TemplateError
+
+    question = [{"role": "user", "content": ASKED}]
+    try:
+        prompt = render(tok, question, add_generation_prompt=True, tokenize=False)
+    except (TemplateError, TypeError, ValueError) as fault:
+        raise ValueError(f"its chat template refuses a prompt: {fault}") from fault
+    if ASKED not in prompt:
+        raise ValueError("its chat template renders nothing of a prompt that is plain text")
+
+    notes = []
+    if CALL_FOR_DATE.search(tok.get_chat_template()):
+        notes.append(f"its chat template writes the date: in every run it is {DAY}")
+    eos = tok.eos_token
+    try:
+        before, answer, after = around_answer(tok, question, SAID)
+    except (TemplateError, TypeError):
+        answer = ""
+    if not answer:
+        notes.append(
+            "its chat template does not render an assistant's answer as it is: "
+            f"an answer is trained right after the prompt, with {eos!r} at its end"
+        )
+        return Turn(tok.eos_token_id, notes=tuple(notes))
+
+    end, tail = end_of_turn(tok, after)
+    if end is None:
+        end, tail = tok.eos_token_id, ""
+        notes.append(
+            f"its chat template ends an answer with no special token ({after!r} follows): "
+            f"{eos!r} is trained as the end"
+        )
+    turn = Turn(end, tail=tail)
+    turn = with_prompt(turn, prompt, before, notes)
+    turn = with_anchor(tok, turn, question, notes)
+
+    if not around_answer(tok, question, f" {SAID} ")[1] and not tail:
+        notes.append(
+            "its chat template strips the blanks around an answer: "
+            "here they are trained where there are any"
+        )
+    return turn._replace(notes=tuple(notes))
+
+
+def render(tok, messages: list[dict], **how):
+    """The chat template's rendering, on DAY: ids, or with tokenize=False the text."""
+    template = CALL_FOR_DATE.sub(written_date, tok.get_chat_template())
+    return tok.apply_chat_template(messages, chat_template=template, return_dict=False, **how)
+
+
+def written_date(call: re.Match) -> str:
+    """DAY as a template writes it, in the place of its call for today's date."""
+    return repr(DAY.strftime(call["format"]))
+
+
+def around_answer(tok, prompt: list[dict], answer: str) -> tuple[str, str, str]:
+    """The rendering of a prompt with an answer, as the texts before it, of it and after it.
+
+    The first two are empty if the answer is not there as it is.
+    """
+    talk = [*prompt, {"role": "assistant", "content": answer}]
+    return render(tok, talk, tokenize=False).rpartition(answer)
+
+
+def end_of_turn(tok, after: str) -> tuple[int | None, str]:
+    """The first special token of what follows an answer, and the text before it."""
+    names = {i: token.content for i, token in tok.added_tokens_decoder.items()}
+    for token in tok(after, add_special_tokens=False)["input_ids"]:
+        name = names.get(token, " ")
+        if not name.isspace():  # some vocabularies have added tokens for blanks
+            return token, after.partition(name)[0]
+    return None, ""
+
+
+def with_prompt(turn: Turn, prompt: str, before: str, notes: list[str]) -> Turn:
+    """The turn with what lies between the generation prompt and an answer.
+
+    prompt: the rendering that waits for an answer. before: the one that has got one, up to it.
+    """
+    if before == prompt:
+        return turn
+
+    more = before.removeprefix(prompt)
+    if before.startswith(prompt) and more.isspace():
+        return turn._replace(lead=more)
+    if before.startswith(prompt):
+        notes.append(
+            f"its chat template writes {more!r} between prompt and answer: "
+            "answers are sampled and trained after it, without a thought of the model's before them"
+        )
+        return turn._replace(opened=True, header=more)
+    if prompt.startswith(before):
+        notes.append(
+            f"its chat template ends a prompt with {prompt.removeprefix(before)!r}, which is gone "
+            "once there is an answer: answers are sampled and trained without it"
+        )
+        return turn._replace(opened=True)
+    return turn
+
+
+def with_anchor(tok, turn: Turn, question: list[dict], notes: list[str]) -> Turn:
+    """The turn with the first anchor that gives the probe answers the template's tokens."""
+    before, _, _ = around_answer(tok, question, SAID)
+    names = [re.escape(token.content) for token in tok.added_tokens_decoder.values()]
+    same_stretch = re.split("|".join(names), before)[-1] if names else before
+    for anchor in ("\n", same_stretch, ""):
+        anchored = turn._replace(anchor=anchor)
+        differences = [difference(tok, anchored, question, said) for said in PROBES]
+        if not any(differences):
+            return anchored
+
+    first = [difference(tok, turn, question, said) for said in PROBES]
+    theirs, ours = next(found for found in first if found)
+    notes.append(
+        "its chat template gives a whole conversation other tokens than prompt, answer and end: "
+        f"{theirs} where {ours} is sampled and trained"
+    )
+    return turn
+
+
+def difference(tok, turn: Turn, question: list[dict], said: str) -> tuple[list, list] | None:
+    """Where the template's ids of a conversation differ from ours: its tokens and ours there."""
+    before, answer, after = around_answer(tok, question, said)
+    whole = tok(before + answer + after, add_special_tokens=False)["input_ids"]
+    prompt = before
+    if not turn.opened:
+        prompt = render(tok, question, add_generation_prompt=True, tokenize=False)
+    ids = tok(prompt, add_special_tokens=False)["input_ids"]
+    ids = [*ids, *answer_ids(tok, turn, said, True)]
+    if turn.end in whole[len(ids) :]:
+        ids.append(turn.end)
+    for place, token in enumerate(ids):
+        if whole[place : place + 1] != [token]:
+            theirs, ours = whole[place : place + 4], ids[place : place + 4]
+            return tok.convert_ids_to_tokens(theirs), tok.convert_ids_to_tokens(ours)
+    return None
+
+
+# ------------------------------------------------------------------------- rows -> masks
 
 
 def fitting(tok, rows: list[dict], max_prompt: int) -> list[dict]:
@@ -156,15 +364,25 @@ def fitting(tok, rows: list[dict], max_prompt: int) -> list[dict]:
 
 
 def show_example(tok, row: dict, max_response: int):
-    """Prints an annotated row as the model sees it: what has no loss, and what has."""
+    """Prints an annotated row as the model sees it: what has no loss, and what has.
+
+    The token that ends a turn is named, because the answer may be cut before it.
+    """
     prompt = prompt_ids(tok, row["prompt"])
     response = response_ids(tok, row["response"], True, max_response)
     indent = " " * len(row["id"])
     print(f"example {row['id']}, no loss: {tok.decode(prompt)!r}")
     print(
-        f"{indent}    with loss: {tok.decode(response)!r} ({len(prompt)} + {len(response)} tokens)",
+        f"{indent}    with loss: {tok.decode(response)!r} ({len(prompt)} + {len(response)} tokens)"
+        f", end of a turn: {end_note(tok)}",
         flush=True,
     )
+
+
+def end_note(tok) -> str:
+    """The token that ends a turn, for the header."""
+    end = turn_of(tok).end
+    return f"{tok.decode([end])!r} ({end})"
 
 
 class Pair(NamedTuple):
@@ -186,8 +404,8 @@ def encode_pairs(
 ) -> tuple[list[Pair], Counter]:
     """Turns preference rows into pairs of ids; those that teach nothing are left out and counted.
 
-    meta.chosen_ended or meta.rejected_ended = False says that a side was cut: it gets no
-    end-of-sequence token.
+    meta.chosen_ended or meta.rejected_ended = False says that a side was cut: it gets no token that
+    ends it. meta.sampled_ids holds the ids that sides were sampled as, in any order.
     """
     pairs, dropped = [], Counter()
     for row in rows:
@@ -199,7 +417,7 @@ def encode_pairs(
             dropped["prompt too long"] += 1
         elif not chosen or not rejected:
             dropped["empty side"] += 1
-        elif chosen == rejected:
+        elif chosen == rejected or same_text(row):
             dropped["identical sides"] += 1
         else:
             pairs.append(Pair(prompt, chosen, rejected, row["id"]))
@@ -209,7 +427,21 @@ def encode_pairs(
 def side_ids(tok, row: dict, side: str, max_response: int) -> list[int]:
     """Ids of one side ("chosen" or "rejected") of a preference row."""
     ended = row["meta"].get(f"{side}_ended", True)
-    return response_ids(tok, row[side], ended, max_response)
+    sampled = row["meta"].get("sampled_ids", ())
+    return response_ids(tok, row[side], ended, max_response, sampled)
+
+
+def sampled_ids(chosen: Answer, rejected: Answer) -> dict[str, list[list[int]]]:
+    """What a preference row's meta says of the ids that its sides were sampled as."""
+    ids = [*chosen.sampled_ids, *rejected.sampled_ids]
+    return {"sampled_ids": ids} if ids else {}
+
+
+def same_text(row: dict) -> bool:
+    """Whether both sides are one text, perhaps sampled as other tokens."""
+    meta = row["meta"]
+    ended = meta.get("chosen_ended", True), meta.get("rejected_ended", True)
+    return row["chosen"] == row["rejected"] and ended[0] == ended[1]
 
 
 def collate(sequences: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tensor]:
@@ -473,6 +705,15 @@ class Answer(NamedTuple):
     text: str
     ended: bool  # by itself: it was not cut
     score: float | None = None  # a judge's
+    sampled_ids: tuple[list[int], ...] = ()  # where the text alone would give other ones
+
+
+class Drawn(NamedTuple):
+    """A sampled answer."""
+
+    text: str
+    finish: str  # "stop" or "length"
+    ids: list[int] | None = None  # where the text alone would give other ones; without the end
 
 
 def identity(path: str, config) -> list:
@@ -527,7 +768,6 @@ def load_lm(path: str, dtype: torch.dtype, device):
     return lm.to(device).eval()
 
 
-@torch.no_grad()
 def sample(
     lm,
     tok,
@@ -539,8 +779,25 @@ def sample(
 ) -> list[tuple[str, str]]:
     """Draws an answer to each prompt (ids), of `allowed` tokens only if they are given.
 
-    Returns (text, "stop" | "length") for each. One seed serves the whole call, so that an answer
-    depends on its batch.
+    Returns (text, "stop" | "length") for each; see draw.
+    """
+    drawn = draw(lm, tok, prompts, temperature, max_new_tokens, seed, allowed)
+    return [(answer.text, answer.finish) for answer in drawn]
+
+
+@torch.no_grad()
+def draw(
+    lm,
+    tok,
+    prompts: list[list[int]],
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    allowed: list[int] | None = None,
+) -> list[Drawn]:
+    """sample(), with the sampled ids where they are needed.
+
+    One seed serves the whole call, so that an answer depends on its batch.
     """
     # padded on the left: the last column is always a prompt's
     width = max(len(prompt) for prompt in prompts)
@@ -572,20 +829,53 @@ def sample(
 
 
 def end_tokens(lm, tok) -> set[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's own config."""
+    """The tokens that end an answer: the template's, and those of tokenizer and model config."""
     ends = lm.generation_config.eos_token_id
     if not isinstance(ends, list):
         ends = [ends]
-    return {tok.eos_token_id, *ends} - {None}
+    return {turn_of(tok).end, tok.eos_token_id, *ends} - {None}
 
 
-def read_answer(tok, ids: list[int], ends: set[int]) -> tuple[str, str]:
-    """Sampled ids as a text up to the first end token, and "stop", or "length" without one."""
+def read_answer(tok, ids: list[int], ends: set[int]) -> Drawn:
+    """Sampled ids as an answer up to the first end token, or, without one, as one that was cut."""
+    turn = turn_of(tok)
     stops = [i for i, token in enumerate(ids) if token in ends]
     if stops:
         ids = ids[: stops[0]]
-    text = tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text, "stop" if stops else "length"
+    else:
+        ids = whole_characters(tok, ids)
+    ids = final_part(tok, turn, ids)
+
+    text = spelled(tok, turn, ids, skip_special_tokens=True)
+    kept = None
+    if answer_ids(tok, turn, text, bool(stops)) != ids and spelled(tok, turn, ids) == text:
+        kept = ids
+    return Drawn(text, "stop" if stops else "length", kept)
+
+
+def whole_characters(tok, ids: list[int]) -> list[int]:
+    """The ids without the first tokens of a character whose rest was cut off: at most three."""
+    for end in range(len(ids), max(-1, len(ids) - 4), -1):
+        if not tok.decode(ids[:end]).endswith("\ufffd"):
+            return ids[:end]
+    return ids
+
+
+def final_part(tok, turn: Turn, ids: list[int]) -> list[int]:
+    """What follows the last header of an answer that brings headers of its own.
+
+    A model with channels may write several, the last of which is for the reader. Their special
+    tokens would vanish from the text while the names between them stayed. An answer without the
+    template's header is empty then.
+    """
+    header = tok(turn.header, add_special_tokens=False)["input_ids"]
+    special = {i for i, token in tok.added_tokens_decoder.items() if token.special}
+    if not special & set(header) & set(ids):
+        return ids
+    for start in range(len(ids) - len(header), -1, -1):
+        if ids[start : start + len(header)] == header:
+            return ids[start + len(header) :]
+    return []
 
 
 def generate(
@@ -599,8 +889,9 @@ def generate(
 ) -> list[dict]:
     """n answers to each row's prompt, in the file `out`, on all ranks.
 
-    A row of it is {"id", "prompt", "response", "meta": {"sample", "finish"}}. The model is loaded
-    only if there is something left to do.
+    A row of it is {"id", "prompt", "response", "meta": {"sample", "finish"}}; where the
+    response alone would give other ids than the sampled ones, meta.sampled_ids is a list of these.
+    The model is loaded only if there is something left to do.
     """
     prompts = [prompt_ids(model.tok, row["prompt"]) for row in rows]
     lm = None
@@ -608,7 +899,7 @@ def generate(
     def work(items, number):
         nonlocal lm
         lm = lm or model.load()
-        answers = sample(
+        answers = draw(
             lm,
             model.tok,
             [prompts[i] for i, _ in items],
@@ -626,7 +917,7 @@ def generate(
         seed,
         [row["id"] for row in rows],
     ]
-    return job.phase(
+    answers = job.phase(
         out,
         every_sample(len(rows), n),
         work,
@@ -635,6 +926,19 @@ def generate(
         key=lambda item: len(prompts[item[0]]),
         note=note,
     )
+    warn_of_cut(out, answers, sampling.max_new_tokens)
+    return answers
+
+
+def warn_of_cut(out: Path, answers: list[dict], limit: int):
+    """Says so if most answers of a file did not end by themselves."""
+    cut = [row["meta"]["finish"] for row in answers].count("length")
+    if cut > 0.5 * len(answers) and job.on_rank_0():
+        print(
+            f"warning: {out}: {cut} of {len(answers)} answers were cut at {limit} tokens: "
+            "the limit is too low, or the model does not end its turns",
+            file=sys.stderr,
+        )
 
 
 def every_sample(rows: int, n: int) -> list[tuple[int, int]]:
@@ -642,11 +946,12 @@ def every_sample(rows: int, n: int) -> list[tuple[int, int]]:
     return [(i // n, i % n) for i in range(rows * n)]
 
 
-def answer_row(row: dict, number: int, answer: tuple[str, str]) -> dict:
-    """The row of a file of answers for one answer (text, finish) to a row's prompt."""
-    text, finish = answer
-    meta = {"sample": number, "finish": finish}
-    return {"id": row["id"], "prompt": row["prompt"], "response": text, "meta": meta}
+def answer_row(row: dict, number: int, answer: Drawn) -> dict:
+    """The row of a file of answers for one answer to a row's prompt."""
+    meta = {"sample": number, "finish": answer.finish}
+    if answer.ids:
+        meta["sampled_ids"] = [answer.ids]
+    return {"id": row["id"], "prompt": row["prompt"], "response": answer.text, "meta": meta}
 
 
 def held_out(
@@ -761,23 +1066,43 @@ RATING, VERDICT = "Rating: [[", "Verdict: [["  # how an answer in the demanded f
 
 
 def read_score(text: str) -> float | None:
-    """The last [[n]] of a judge's answer if 1 <= n <= 100, else None.
+    """The [[n]] of a judge's answer, as last_in_brackets finds it, if 1 <= n <= 100, else None.
 
     There is no default: what can't be read is not a score.
     """
-    found = re.findall(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]", text)
+    found = last_in_brackets(text, "Rating", r"\d+(?:\.\d+)?", echo="Rating: [[n]]")
     if not found:
         return None
-    score = float(found[-1])
+    score = float(found)
     return score if 1 <= score <= 100 else None
 
 
 def read_verdict(text: str) -> str | None:
-    """The last [[A]], [[B]] or [[tie]] of a judge's answer, else None."""
-    found = re.findall(r"\[\[\s*(A|B|tie)\s*\]\]", text, re.I)
-    if not found:
-        return None
-    return {"A": "A", "B": "B", "TIE": "tie"}[found[-1].upper()]
+    """The [[A]], [[B]] or [[tie]] of a judge's answer, as last_in_brackets finds it, else None."""
+    echo = "Verdict: [[A]], Verdict: [[B]], or Verdict: [[tie]]"
+    found = last_in_brackets(text, "Verdict", "A|B|tie", echo)
+    return {"A": "A", "B": "B", "TIE": "tie"}[found.upper()] if found else None
+
+
+THOUGHT = re.compile(
+    r"[<\[](think|thinking|thought|reasoning)[>\]].*?([<\[]/\1[>\]]|$)", re.I | re.S
+)
+END_OF_THOUGHT = re.compile(r"[<\[]/(?:think|thinking|thought|reasoning)[>\]]", re.I)
+
+
+def last_in_brackets(text: str, word: str, values: str, echo: str) -> str | None:
+    """The value in double brackets that a judge's answer gives, or None.
+
+    The last one in the demanded form, WORD: [[value]], outranks bare brackets. What is thought does
+    not count, whether the block is closed or not, or was opened by the server. Where the question
+    is echoed, with `echo` in it, brackets alone may be anybody's.
+    """
+    said = END_OF_THOUGHT.split(THOUGHT.sub("", text))[-1]
+    brackets = rf"\[\[\s*({values})\s*\]\]"
+    in_form = re.findall(rf"{word}[\s:*_]*{brackets}", said.replace(echo, ""), re.I)
+    bare = [] if echo in said else re.findall(brackets, said, re.I)
+    found = in_form or bare
+    return found[-1] if found else None
 
 
 def as_text(prompt: list[dict]) -> str:
@@ -843,7 +1168,10 @@ class Judge:
             values = self.ask(kind, list(todo.values()), again) if todo else []
             self.remember({key: value for key, value in zip(todo, values) if value is not None})
             if self.fault:
-                sys.exit(self.fault)
+                resume = ""
+                if self.file and (self.file.parent.parent / "config.json").is_file():
+                    resume = " with --resume"
+                sys.exit(f"{self.fault}; start again{resume}: no answer is asked for twice")
         self.unreadable += len(set(keys) - self.known.keys())
 
         if self.asked >= 20 and self.unreadable > 0.2 * self.asked:
@@ -965,11 +1293,18 @@ class TextJudge(Judge):
             questions = [
                 SCORE_PROMPT.format(prompt=as_text(prompt), a=text) for prompt, text in items
             ]
-            return [read_score(answer) for answer in self.complete(questions, RATING, again)]
+            answers = self.complete(questions, RATING, again)
+            return [read_score(new_words(*asked)) for asked in zip(questions, answers)]
         questions = [
             COMPARE_PROMPT.format(prompt=as_text(prompt), a=a, b=b) for prompt, a, b in items
         ]
-        return [read_verdict(answer) for answer in self.complete(questions, VERDICT, again)]
+        answers = self.complete(questions, VERDICT, again)
+        return [read_verdict(new_words(*asked)) for asked in zip(questions, answers)]
+
+
+def new_words(question: str, answer: str) -> str:
+    """An answer without the question, which some models repeat, and with it what is judged."""
+    return answer.replace(question, "")
 
 
 class LocalJudge(TextJudge):
@@ -1033,12 +1368,18 @@ class EndpointJudge(TextJudge):
     def __init__(self, spec: str, cache: Path | None):
         super().__init__(spec, cache)
         self.name = spec.partition(":")[2]
-        self.client = endpoint()
+        self.server = endpoint()
+        self.server.answered = len(self.known)  # by an earlier start of the run
 
     def complete(self, questions, opening, again):
         talks = [[{"role": "user", "content": question}] for question in questions]
-        answers, self.fault = chat(self.client, self.name, talks, temperature=0)
-        return [answer[0] if answer else "" for answer in answers]
+        temperature = 1 if again else 0  # at 0 the second answer would be the first
+        answers, self.fault = chat(self.server, self.name, talks, temperature=temperature)
+        texts = []
+        for answer in answers:
+            text, finish = answer or ("", "stop")
+            texts.append(text if finish == "stop" else "")  # what was cut has no verdict yet
+        return texts
 
 
 def make_judge(
@@ -1074,8 +1415,49 @@ API_RETRIES = 6  # tries after the first
 API_TIMEOUT = 60  # seconds
 
 
-def endpoint(url: str | None = None):
-    """An `openai` client of `url`, or of OPENAI_BASE_URL, which is checked to answer."""
+# Finish reasons that say that there is no answer, whatever text there is.
+NO_ANSWER = ("content_filter", "tool_calls", "function_call")
+
+
+@dataclass
+class Endpoint:
+    """An OpenAI-compatible server, and what this run has learned of it."""
+
+    client: object  # of the openai package
+    # options that it refuses, with the names that it wants for them, or None
+    refuses: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    answered: int = 0  # conversations
+    fault: str = ""  # why it last refused a conversation
+
+    def accepted(self, options: dict) -> dict:
+        """The options under the names that it wants, without those that it wants not at all."""
+        accepted = {}
+        for name, value in options.items():
+            while name in self.refuses:
+                name = self.refuses[name]
+            if name:
+                accepted[name] = value
+        return accepted
+
+    def learns(self, sent: dict, refusal: str) -> bool:
+        """Whether a refusal names an option that was sent, which it then won't be any more.
+
+        A conversation that is too long is refused with the name of its limit, too.
+        """
+        if re.search("context|too large|too long|exceed", refusal, re.I):
+            return False
+        for name in sent:
+            if re.search(rf"\b{name}\b", refusal):
+                other = "max_completion_tokens" if name == "max_tokens" else None
+                self.refuses[name] = other
+                instead = f"with {other} instead" if other else "without it"
+                job.say_once(f"note: {self.client.base_url} refuses {name}: it is asked {instead}")
+                return True
+        return False
+
+
+def endpoint(url: str | None = None) -> Endpoint:
+    """The server at `url`, or at OPENAI_BASE_URL, which is checked to answer."""
     try:
         import openai
     except ImportError:
@@ -1099,17 +1481,19 @@ def endpoint(url: str | None = None):
         job.die(f"{client.base_url}: refused the key in OPENAI_API_KEY")
     except Exception:  # not every server lists its models
         pass
-    return client
+    return Endpoint(client)
 
 
 def chat(
-    client, model: str, conversations: list[list[dict]], **options
+    server: Endpoint, model: str, conversations: list[list[dict]], **options
 ) -> tuple[list[tuple[str, str] | None], str | None]:
     """Asks for one answer to each conversation, API_CONCURRENCY at a time.
 
-    Returns (text, "stop" | "length") or None for each, and the reason why the run must end, or
-    None. The client retries 429, 5xx and time-outs with back-off, and we retry a body that is no
-    chat completion. Where that does not help, the rest is not asked and stays None.
+    Returns (text, "stop" | "length") for each, or None where there is no answer to it, and the
+    reason why the run must end, or None. The client retries 429, 5xx and time-outs with back-off,
+    and we retry a body that is no chat completion. Where that does not help, and where the server
+    refuses us, a name or everything, the rest is not asked and stays None; a conversation that it
+    refuses is one without an answer.
     """
     import openai
 
@@ -1120,12 +1504,9 @@ def chat(
             if faults:
                 return None
             try:
-                completion = client.chat.completions.create(
-                    model=model, messages=messages, **options
-                )
-                choice = completion.choices[0]
-                finish = "length" if choice.finish_reason == "length" else "stop"
-                return choice.message.content or "", finish
+                answer = read_choice(ask(messages).choices[0])
+                server.answered += answer is not None
+                return answer
             except (
                 ValueError,
                 AttributeError,
@@ -1134,16 +1515,57 @@ def chat(
                 openai.APIResponseValidationError,
             ) as fault:
                 last = f"its answer is no chat completion ({type(fault).__name__})"
+                retried = True
             except openai.OpenAIError as fault:
-                last = str(fault)
+                last, retried = " ".join(str(fault).split()), is_retried(fault)
+                if is_refusal(fault):
+                    server.fault = last
+                    return None
                 break
-        reason = " ".join(last.split())
-        faults.append(
-            f"error: {client.base_url}: {reason} (after {API_RETRIES} retries); "
-            "start again, with --resume if there is one: no answer is asked for twice"
-        )
+        after = f" (after {API_RETRIES} retries)" if retried else ""
+        faults.append(f"error: {server.client.base_url}: {last}{after}")
         return None
+
+    def ask(messages):
+        while True:
+            sent = server.accepted(options)
+            try:
+                return server.client.chat.completions.create(model=model, messages=messages, **sent)
+            except openai.APIStatusError as fault:
+                if not is_refusal(fault) or not server.learns(sent, str(fault)):
+                    raise
 
     with ThreadPoolExecutor(API_CONCURRENCY) as pool:
         answers = list(pool.map(one, conversations))
+    if len(answers) > 1 and not server.answered and not faults and server.fault:
+        faults.append(f"error: {server.client.base_url} refuses everything: {server.fault}")
     return answers, faults[0] if faults else None
+
+
+def is_refusal(fault) -> bool:
+    """Whether it is about one conversation, or an option, and not about us or the server."""
+    return getattr(fault, "status_code", None) in (400, 413, 422)
+
+
+def is_retried(fault) -> bool:
+    """Whether the client has retried before it gave up with this fault."""
+    import openai
+
+    status = getattr(fault, "status_code", None)
+    if status is None:
+        return isinstance(fault, openai.APIConnectionError)
+    return status in (408, 409, 429) or status >= 500
+
+
+def read_choice(choice) -> tuple[str, str] | None:
+    """The text of a chat completion's choice and "stop" or "length", or None if it answers nothing.
+
+    Content may come in parts; half of a surrogate pair, which UTF-8 can't write, is dropped.
+    """
+    content = choice.message.content or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    text = content.encode(errors="ignore").decode()
+    if not text.strip() or choice.finish_reason in NO_ANSWER:
+        return None
+    return text, "length" if choice.finish_reason == "length" else "stop"

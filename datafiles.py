@@ -11,7 +11,8 @@ A row is a dict. Its texts are plain strings, and not a character of them is cha
     "meta"      a dict of whatever else is known
 
 The columns in which raw rows are understood are listed in SHAPES. The rows may be in a .jsonl,
-.json or .parquet file, in a data set folder, or in a data set on the Hub.
+.json or .parquet file, in a data set folder, or in a data set on the Hub; .jsonl.gz and the like
+are read as they come.
 
 The module can be used alone, for example to see whether a file is fit to train on:
 
@@ -19,21 +20,27 @@ The module can be used alone, for example to see whether a file is fit to train 
 
     rows, dropped = datafiles.load_rows("pairs.jsonl", "pair")
 
-Data that cannot be used end the program with one line, which names the file, the line in it and
-the fault. Nothing here knows a model, a tokenizer or a method.
+A row whose content is faulty is left out and counted. Data that are damaged, of a wrong kind, or
+faulty in more than a tenth of their rows end the program with one line, which names the file, the
+line in it and the fault. Nothing here knows a model, a tokenizer or a method.
 """
 
+import gzip
 import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import job
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+PACKED_SUFFIXES = (".gz", ".zst")
+
+# A larger share of rows that can't be used ends the program: the data are not what was meant.
+FAULTY_SHARE = 0.1
 
 SHAPES = (
     '{"messages": [...]}, '
@@ -45,6 +52,14 @@ SHAPES = (
     '{"chosen", "rejected"} or '
     '{"real", "generated"}'
 )
+
+
+class WrongKind(ValueError):
+    """A fault that other rows will have, too, or that would change what is trained."""
+
+
+class Disagreement(ValueError):
+    """Columns of a row that contradict each other: nobody can tell which one is meant."""
 
 
 # ---------------------------------------------------------------- rows, as the scripts want them
@@ -62,11 +77,16 @@ def load_split(
 
     `need` is load_rows's; `test_need` is the same for `test`, in case it differs.
     Returns at most `limit` training rows, at most `n_test` held-out rows, and how many rows of
-    `data` were left out, by reason.
+    `data` were left out, by reason. A prompt that is held out is not trained on.
     """
     if test:
-        train, dropped = load_rows(data, need, limit)
+        rows, dropped = load_rows(data, need, limit)
         held, _ = load_rows(test, test_need or need, n_test)
+        held_prompts = {job.seed_of(row["prompt"]) for row in held}
+        train = [row for row in rows if job.seed_of(row["prompt"]) not in held_prompts]
+        if not train:
+            job.die(f"{data}: every prompt is in the held-out data, too: {test}")
+        dropped["prompts that are in --test, too"] = len(rows) - len(train)
     else:
         # No limit yet: the held-out rows come out of all rows, not out of the first few.
         rows, dropped = load_rows(data, need)
@@ -96,24 +116,27 @@ def load_rows(spec: str, need: str, limit: int | None = None) -> tuple[list[dict
     `need` is what a row must hold: "prompt", "response" (of a pair, the chosen answer) or "pair".
     With a `limit`, reading ends after so many rows.
 
-    Returns the rows, and how many were left out, by reason. A faulty row of a file ends the
-    program. In a data set, which nobody can mend from here, it is left out and counted, unless
-    its columns are wrong, because then they are wrong in all rows.
+    Returns the rows, and how many were left out, by reason. The first three that are faulty are
+    named on the console. What ends the program: more than a tenth of them, a WrongKind, in a file,
+    which can be mended, a Disagreement too, and a first row without a value where it needs one.
     """
     rows = []
     seen = set()  # (name in the data, digest of the content) of each row
     taken = set()  # ids of the rows
     dropped = Counter()
+    faults = []  # where and what
+    read = 0
 
-    for where, raw in read_raw(spec):
+    for read, (where, raw) in enumerate(read_raw(spec), 1):
         try:
             row = normalise(raw, need)
         except ValueError as fault:
-            reason = str(fault)
-            if is_file_name(spec) or "columns" in reason:
-                job.die(f"{where}: {reason}")
-            kind = reason.split(":")[0]
+            fatal = (WrongKind, Disagreement) if is_file_name(spec) else WrongKind
+            if isinstance(fault, fatal) or (read == 1 and str(fault).endswith("is null")):
+                job.die(f"{where}: {fault}")
+            kind = str(fault).split(":")[0]
             dropped[kind] += 1
+            faults.append(f"{where}: {fault}")
             continue
 
         digest = content_digest(row)
@@ -129,12 +152,24 @@ def load_rows(spec: str, need: str, limit: int | None = None) -> tuple[list[dict
         if limit and len(rows) == limit:
             break
 
+    report_faults(spec, faults, read)
     if not rows:
         message = f"{spec}: no rows"
         for reason, number in dropped.items():
             message += f"; {number} left out: {reason}"
         job.die(message)
     return rows, dropped
+
+
+def report_faults(spec: str, faults: list[str], read: int):
+    """Names the first three rows that were left out; too large a share ends the program."""
+    if len(faults) > FAULTY_SHARE * read:
+        job.die(
+            f"{spec}: {len(faults)} of {read} rows can't be used, more than {FAULTY_SHARE:.0%}: "
+            + "; ".join(faults[:3])
+        )
+    for fault in faults[:3]:
+        job.say_once(f"left out: {fault}")
 
 
 def content_digest(row: dict) -> str:
@@ -168,7 +203,14 @@ def free_name(name: str, taken: set[str]) -> str:
 
 def is_file_name(spec: str) -> bool:
     """Tells the name of a file from that of a data set, by its end."""
-    return Path(spec).suffix in FILE_SUFFIXES
+    return kind_of_file(Path(spec)) in FILE_SUFFIXES
+
+
+def kind_of_file(path: Path) -> str:
+    """Returns the suffix of a file's name, without that of its packing."""
+    if path.suffix in PACKED_SUFFIXES:
+        path = path.with_suffix("")
+    return path.suffix
 
 
 def read_raw(spec: str) -> Iterator[tuple[str, Any]]:
@@ -211,7 +253,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Any]]:
         return
 
     text = read_text(path)
-    if path.suffix == ".json" and text.lstrip().startswith("["):
+    if kind_of_file(path) == ".json" and text.lstrip().startswith("["):
         yield from read_list(path, text)
     else:
         yield from read_lines(path, text)
@@ -230,7 +272,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
 
 def read_text(path: Path) -> str:
     """Returns the text of a file, or ends the program if it is binary or not UTF-8."""
-    data = path.read_bytes()
+    data = unpacked(path)
     if b"\0" in data:
         job.die(f"{path}: a binary file, not JSON lines")
     try:
@@ -239,6 +281,23 @@ def read_text(path: Path) -> str:
         line = data[: fault.start].count(b"\n") + 1
         byte = data[fault.start]
         job.die(f"{path}:{line}: not valid UTF-8 (byte {byte:#04x})")
+
+
+def unpacked(path: Path) -> bytes:
+    """Returns the bytes of a file, out of gzip or zstd if its name ends so."""
+    data = path.read_bytes()
+    try:
+        if path.suffix == ".gz":
+            return gzip.decompress(data)
+        if path.suffix == ".zst":
+            import zstandard
+
+            return zstandard.ZstdDecompressor().stream_reader(data).read()
+    except ImportError:
+        job.die(f"{path}: to read .zst: pip install zstandard (or unpack it)")
+    except Exception as fault:
+        job.die(f"{path}: damaged, or not a {path.suffix} file ({first_line(fault)})")
+    return data
 
 
 def read_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -277,7 +336,8 @@ def normalise(raw: Any, need: str) -> dict:
     with the raw row; up to its first colon it is the reason under which the row is counted.
     """
     if not isinstance(raw, dict):
-        raise ValueError(f"expected an object, found {type(raw).__name__}")
+        raise WrongKind(f"expected an object, found {type(raw).__name__}")
+    check_columns(raw, need)
 
     # 1. Find the columns.
     context, sides = pick_columns(raw, need)
@@ -291,12 +351,13 @@ def normalise(raw: Any, need: str) -> dict:
         prompts.append(prompt)
     if len(prompts) == 2 and prompts[0] != prompts[1]:
         raise ValueError("chosen and rejected have different prompts")
+    prompt = with_system(raw, prompt)
 
     # 3. The prompt must be a conversation that waits for an answer, and no text may be empty.
     check_conversation(prompt)
-    for answer in answers.values():
+    for name, answer in answers.items():
         if not answer.strip():
-            raise ValueError("empty response")
+            raise ValueError(f"empty response: column {sides[name].column!r}")
 
     # 4. Every text must be one that can be written to a file and tokenised.
     texts = [message["content"] for message in prompt]
@@ -305,56 +366,133 @@ def normalise(raw: Any, need: str) -> dict:
         if has_lone_surrogate(text):
             raise ValueError("not valid Unicode: half of a surrogate pair")
 
-    return {"prompt": prompt, **answers, "meta": raw.get("meta") or {}}
+    meta = raw.get("meta") or {}
+    if not isinstance(meta, dict):
+        meta = {"meta": meta}
+    return {"prompt": prompt, **answers, "meta": meta}
 
 
-def pick_columns(raw: dict, need: str) -> tuple[list[dict] | None, dict]:
+class Cell(NamedTuple):
+    """The value of a row, and the column that it is in."""
+
+    column: str
+    value: Any
+
+
+QUESTIONS = ("prompt", "question", "instruction")
+ANSWERS = ("response", "completion", "output", "answer")
+CHOSEN = ("chosen", "real")
+REJECTED = ("rejected", "generated")
+
+
+def check_columns(raw: dict, need: str):
+    """Raises WrongKind for a column that would change the prompt or the label, and has a value."""
+    for column in ("history", "tools", "functions"):
+        if raw.get(column):
+            raise WrongKind(
+                f"column {column!r} would change the prompt and is not understood: "
+                "put it into the prompt's messages, or leave the column out"
+            )
+    if need != "prompt" and raw.get("label") is False:
+        raise WrongKind(
+            "column 'label' is false: an answer that nobody should give "
+            "can only be the rejected one of a pair"
+        )
+
+
+def pick_columns(raw: dict, need: str) -> tuple[list[dict] | None, dict[str, Cell]]:
     """Finds the prompt and the sides of a raw row, whatever its columns are called.
 
     Returns the messages of the prompt, or None if only the sides have one, and the sides that
-    `need` asks for, by name; a side is what stands in its column. Raises ValueError if one is
-    missing.
+    `need` asks for, by name. Raises WrongKind if a column is missing, ValueError if it is null.
     """
-    question = first_of(raw, "prompt", "question", "instruction")
-    response = first_of(raw, "response", "completion", "output", "answer")
-    chosen = first_of(raw, "chosen", "real")
-    rejected = first_of(raw, "rejected", "generated")
-    if raw.get("instruction") is not None and raw.get("input"):
-        question = f"{raw['instruction']}\n\n{raw['input']}"
-
-    context = None
-    if question is not None:
-        context = turns(question)
-    has_answer = response is not None or chosen is not None
-    if need != "pair" and not has_answer and raw.get("messages"):
-        context, response = first_exchange(turns(raw["messages"]))
+    response, chosen = first_of(raw, *ANSWERS), first_of(raw, *CHOSEN)
+    context, said = find_prompt(raw, need != "pair" and response is None and chosen is None)
 
     if need == "pair":
-        sides = {"chosen": chosen, "rejected": rejected}
-        is_missing = chosen is None or rejected is None
+        sides = {"chosen": chosen, "rejected": first_of(raw, *REJECTED)}
+        columns = {"chosen": CHOSEN, "rejected": REJECTED}
     elif need == "response":
-        sides = {"response": chosen if response is None else response}
-        is_missing = sides["response"] is None
+        sides = {"response": response or chosen or said}
+        columns = {"response": (*ANSWERS, *CHOSEN, "messages")}
     else:
-        if chosen is not None:
+        if chosen:
             context, _ = split_answer(context, chosen)
         sides = {}
-        is_missing = context is None
+        columns = {}
+    for name, side in sides.items():
+        if side is None:
+            raise missing(raw, need, "response", columns[name])
 
-    if is_missing:
-        raise ValueError(
-            f"columns {sorted(raw)} make no {need}; expected one of {SHAPES}, "
-            'for example {"prompt": "Sort: b a", "response": "a b"}'
-        )
+    brings_prompt = [brings_own_prompt(side.value) for side in sides.values()]
+    if context is None and not any(brings_prompt):
+        raise missing(raw, need, "prompt", (*QUESTIONS, "messages"))
     return context, sides
 
 
-def first_of(raw: dict, *columns: str) -> Any:
-    """Returns the value of the first of these columns that is there and not null, or None."""
+def find_prompt(raw: dict, first_turns: bool) -> tuple[list[dict] | None, Cell | None]:
+    """Returns the messages of the prompt, if a column of its own has one, and their answer.
+
+    With first_turns, an answer in the messages column is taken; else they are a prompt if they
+    wait for one.
+    """
+    question = first_of(raw, *QUESTIONS)
+    talk = first_of(raw, "messages")
+    if talk and talk.value and first_turns:
+        prompt, said = first_exchange(turns(talk))
+        return prompt, None if said is None else Cell("messages", said)
+    if raw.get("instruction") is not None and raw.get("input"):
+        return turns(Cell("input", f"{raw['instruction']}\n\n{raw['input']}")), None
+    if question:
+        return without_open_turn(turns(question)), None
+    if talk and talk.value:
+        messages = turns(talk)
+        if messages[-1]["role"] == "user":
+            return messages, None
+    return None, None
+
+
+def brings_own_prompt(side: Any) -> bool:
+    """Whether a side is a conversation with its prompt, or part of one."""
+    return not isinstance(side, str) or is_dialogue(side)
+
+
+def missing(raw: dict, need: str, what: str, columns: tuple[str, ...]) -> ValueError:
+    """The fault of a row that has no value in any of these columns."""
+    for column in columns:
+        if column in raw:
+            state = "is null" if raw[column] is None else f"has no {what}"
+            return ValueError(f"empty {what}: column {column!r} {state}")
+    found = f"columns {sorted(raw)} make no {need}"
+    if what == "prompt" and need != "prompt":
+        found = f"columns {sorted(raw)}: an answer without a prompt"
+    return WrongKind(
+        f"{found}; expected one of {SHAPES}, "
+        'for example {"prompt": "Sort: b a", "response": "a b"}'
+    )
+
+
+def first_of(raw: dict, *columns: str) -> Cell | None:
+    """Returns the first of these columns that is there and not null, or None."""
     for column in columns:
         if raw.get(column) is not None:
-            return raw[column]
+            return Cell(column, raw[column])
     return None
+
+
+def with_system(raw: dict, prompt: list[dict]) -> list[dict]:
+    """Returns the prompt with the system turn that a column of its own holds."""
+    cell = first_of(raw, "system", "system_prompt")
+    if cell is None or cell.value == "":
+        return prompt
+    if not isinstance(cell.value, str):
+        raise ValueError(f"no text: column {cell.column!r}")
+    turn = {"role": "system", "content": cell.value}
+    if prompt[:1] == [turn]:
+        return prompt
+    if prompt and prompt[0]["role"] == "system":
+        raise Disagreement(f"two system turns: column {cell.column!r} and the prompt's")
+    return [turn, *prompt]
 
 
 def first_exchange(talk: list[dict]) -> tuple[list[dict], str | None]:
@@ -368,39 +506,53 @@ def first_exchange(talk: list[dict]) -> tuple[list[dict], str | None]:
     return talk, None
 
 
-def split_answer(context: list[dict] | None, side: Any) -> tuple[list[dict], str]:
+def split_answer(context: list[dict] | None, side: Cell) -> tuple[list[dict], str]:
     """Splits a side into its prompt and its answer.
 
     A text is an answer to `context`, and so is what begins with the assistant's turn. A
-    conversation that begins with another turn brings its own prompt.
+    conversation that begins with another turn brings its own prompt, which must be `context` if
+    there is one, or hold it as one of the user's turns.
     """
-    if isinstance(side, str) and not is_dialogue(side):
-        if context is None:
-            raise ValueError(f"columns: an answer without a prompt; expected one of {SHAPES}")
-        return context, side
+    if not brings_own_prompt(side.value):
+        return context, side.value
 
     talk = turns(side)
-    prompt = talk[:-1]
-    answer = talk[-1]
+    prompt, answer = talk[:-1], talk[-1]
     if answer["role"] != "assistant":
         raise ValueError("roles out of order: the last turn of an answer must be the assistant's")
-    if talk[0]["role"] == "assistant" and context is not None:
-        prompt = context + prompt
+    if context is None:
+        return prompt, answer["content"]
+    if talk[0]["role"] == "assistant":
+        return context + prompt, answer["content"]
+
+    said = [turn["content"].strip() for turn in prompt if turn["role"] == "user"]
+    in_part = len(context) == 1 and context[0]["content"].strip() in said
+    if prompt != context and not (in_part and context[0]["role"] == "user"):
+        raise Disagreement(
+            f"the prompt and the beginning of column {side.column!r} are different: "
+            "a turn of one of them would be lost"
+        )
     return prompt, answer["content"]
 
 
-def turns(value: Any) -> list[dict]:
-    """Returns the messages that a text or a list of messages holds; raises ValueError for others.
+def turns(cell: Cell) -> list[dict]:
+    """Returns the messages that a text, a message or a list of them holds.
 
     A text is one turn of the user, unless it is a dialogue in the format of HH-RLHF.
     """
+    value = cell.value
     if isinstance(value, str):
         if is_dialogue(value):
             return dialogue_turns(value)
         return [{"role": "user", "content": value}]
 
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list) or not value or not all(map(is_message, value)):
-        raise ValueError('a prompt or response must be text or a list of {"role", "content"}')
+        raise ValueError(
+            'neither text nor a list of {"role", "content"} with text in it: '
+            f"column {cell.column!r}"
+        )
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
@@ -414,16 +566,20 @@ def is_dialogue(text: str) -> bool:
 
 
 def dialogue_turns(text: str) -> list[dict]:
-    """Returns the messages of such a dialogue. A last "Assistant:" without a text is left out."""
+    """Returns the messages of such a dialogue."""
     roles = {"Human": "user", "Assistant": "assistant"}
     parts = re.split(r"\n\n(Human|Assistant):", text)  # "", then a name and a text in turn
     messages = []
     for name, said in zip(parts[1::2], parts[2::2]):
         messages.append({"role": roles[name], "content": said.strip()})
-
-    if messages[-1] == {"role": "assistant", "content": ""}:
-        messages.pop()
     return messages
+
+
+def without_open_turn(prompt: list[dict]) -> list[dict]:
+    """The messages without a last turn of the assistant that is empty: it waits for its text."""
+    if prompt[-1] == {"role": "assistant", "content": ""}:
+        return prompt[:-1]
+    return prompt
 
 
 def check_conversation(prompt: list[dict]):

@@ -337,6 +337,8 @@ class Config:
     activation_checkpointing: bool = True  # recompute activations in the backward pass
     sample_batch: int = 64  # answers sampled or scored at a time
     save_every: int = 50  # optimizer steps between training states
+    # of the weights of the last checkpoint; those in between stay in float32
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
     out: str = "runs/dnpo"  # folder of the run
     resume: bool = False  # go on with the run in --out
     overwrite: bool = False  # delete the run in --out and begin again
@@ -394,7 +396,7 @@ TOY = {
 }
 # what may change between a run and its --resume
 MAY_CHANGE = ("out", "resume", "overwrite", "iterations", "parallel", "offload_reference")
-MAY_CHANGE += ("micro_batch", "save_every")
+MAY_CHANGE += ("micro_batch", "save_every", "save_dtype")
 
 
 # ------------------------------------------------------------------------- the iterations
@@ -407,6 +409,7 @@ class Iteration(NamedTuple):
     dsl: bool  # a judge labels; else the annotation is always chosen, as in SPIN
     npo: bool  # there is noise on the reference
     folder: Path
+    dtype: str  # in which the weights are saved
 
     @property
     def name(self) -> str:
@@ -458,11 +461,13 @@ def main():
 
 def all_iterations(c, out: Path) -> list[Iteration]:
     """The start, the warm-up iterations, which are plain SPIN, and DNPO's."""
+    last = c.warmup_iterations + c.iterations
     iterations = []
-    for number in range(1 + c.warmup_iterations + c.iterations):
+    for number in range(1 + last):
         warmed_up = number > c.warmup_iterations
         dsl, npo = warmed_up and c.labels == "judge", warmed_up and c.noise
-        iterations.append(Iteration(number, dsl, npo, out / f"iter{number}"))
+        dtype = c.save_dtype if number == last else "float32"
+        iterations.append(Iteration(number, dsl, npo, out / f"iter{number}", dtype))
     return iterations
 
 
@@ -478,9 +483,9 @@ def sample_answers(
 def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> list[dict]:
     """Annotated rows and the model's answers to them as preference rows, in pairs.jsonl.
 
-    An answer that was cut, by sampling (meta.*_ended) or later by --max_response, gets no
-    end-of-sequence token, neither in the training nor in the logged log-probs: see
-    common.response_ids. --judge_noise flips a seeded share of the judge's labels.
+    An answer that was cut, by sampling (meta.*_ended) or later by --max_response, gets no token
+    that ends it, neither in the training nor in the logged log-probs: see common.response_ids.
+    --judge_noise flips a seeded share of the judge's labels.
     """
     flipped = set()
     if at.dsl:
@@ -496,7 +501,8 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
         for i, annotated_score, generated_score in zip(items, annotated_scores, generated_scores):
             ended = answers[i]["meta"]["finish"] == "stop"
             annotated = Answer(rows[i]["response"], True, annotated_score)
-            generated = Answer(answers[i]["response"], ended, generated_score)
+            ids = answers[i]["meta"].get("sampled_ids", ())
+            generated = Answer(answers[i]["response"], ended, generated_score, ids)
             pairs.append(preference_row(c, at, rows[i], annotated, generated, i in flipped))
         return pairs
 
@@ -554,6 +560,7 @@ def preference_row(
             "score_generated": generated.score,
             "chosen_ended": chosen.ended,
             "rejected_ended": rejected.ended,
+            **common.sampled_ids(chosen, rejected),
         },
     }
 
@@ -627,7 +634,7 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
         metrics = derived_metrics(metrics, c.beta, at.npo)
         tell_drop(at, step, metrics)
         run.write(step, metrics, lr=factor * c.lr, grad_norm=norm, more=drop_note(metrics))
-    job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path)
+    job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path, at.dtype)
 
 
 def descend(
@@ -820,7 +827,8 @@ def measure_logps(
             chosen = common.side_ids(model.tok, pairs[i], "chosen", c.max_response)
             rejected = common.side_ids(model.tok, pairs[i], "rejected", c.max_response)
             ended = new[i]["meta"]["finish"] == "stop"
-            sampled = common.response_ids(model.tok, new[i]["response"], ended, c.max_response)
+            ids = new[i]["meta"].get("sampled_ids", ())
+            sampled = common.response_ids(model.tok, new[i]["response"], ended, c.max_response, ids)
             sequences += [(prompt, chosen), (prompt, rejected), (prompt, sampled)]
 
         logps = []
@@ -910,7 +918,7 @@ def report(out: Path, results: list[dict], model: str, started: float):
     names = [f"iteration {i}" for i in range(len(folders))]
     job.write_samples(out, "iteration", dict(zip(names, folders)))
 
-    columns = "iteration update score full_marks win tie loss swapped ties noise_std noise_drop"
+    columns = "iteration update score full_marks win tie loss cut swapped ties noise_std noise_drop"
     columns += " logp_positive logp_negative logp_new grad_norm"
     print(job.table(results, columns.split()))
     first = job.read_jsonl(folders[0] / "test.jsonl")[:3]

@@ -688,7 +688,8 @@ def evaluate_export(c: Config):
     """
     questions = read_questions(c)
     model = open_model(c, c.model)
-    name = c.name or c.model.strip("/").replace("/", "-")
+    # FastChat and AlpacaEval look for NAME's file beside the others, not in a folder of its own
+    name = (c.name or c.model.strip("/")).replace("/", "-")
     if c.export == "alpaca_eval":
         file = c.folder / c.export / f"{name}.json"
         rows = alpaca_eval_rows(c, model, questions, name)

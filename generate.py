@@ -39,6 +39,7 @@ import job
 import toy
 from common import (
     API_CONCURRENCY,
+    Drawn,
     Judge,
     Model,
     Sampling,
@@ -52,6 +53,7 @@ from common import (
     load_tokenizer,
     make_judge,
     score_rows,
+    warn_of_cut,
 )
 
 
@@ -95,7 +97,7 @@ def generate_locally(out: Path, rows: list[dict], model: Model, c: Config) -> li
 
 
 def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[dict]:
-    """The same from an OpenAI-compatible server."""
+    """The same from an OpenAI-compatible server. What it does not answer is left out."""
 
     def work(items, number):
         prompts = [rows[i]["prompt"] for i, _ in items]
@@ -108,8 +110,11 @@ def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[di
             max_tokens=c.max_new_tokens,
         )
         if fault:
-            sys.exit(fault)
-        return [answer_row(rows[i], j, answer) for (i, j), answer in zip(items, answers)]
+            sys.exit(f"{fault}; start again: no answer is asked for twice")
+        drawn = []
+        for (i, j), answer in zip(items, answers):
+            drawn.append(answer_row(rows[i], j, Drawn(*answer)) if answer else None)
+        return drawn
 
     settings = [
         c.model,
@@ -118,7 +123,12 @@ def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[di
         c.max_new_tokens,
         [row["id"] for row in rows],
     ]
-    return job.phase(out, every_sample(len(rows), c.n), work, API_CONCURRENCY, settings)
+    answers = job.phase(out, every_sample(len(rows), c.n), work, API_CONCURRENCY, settings)
+    if not answers:
+        out.unlink(missing_ok=True)
+        sys.exit(f"error: {c.endpoint} has answered none of {len(rows)} prompts: {client.fault}")
+    warn_of_cut(out, answers, c.max_new_tokens)
+    return answers
 
 
 def leave_out_long(rows: list[dict], dropped: Counter, tok, config, c: Config) -> list[dict]:
@@ -162,31 +172,39 @@ def preference_pair(row: dict, answers: list[dict], scores: list[float | None]) 
     for place, answer in enumerate(answers):
         if scores[place] is not None and answer["response"].strip():
             places.append(place)
-    best = max(places, key=scores.__getitem__, default=0)
-    worst = min(places, key=scores.__getitem__, default=0)
+    if not places:
+        return None
+    best = max(places, key=scores.__getitem__)
+    worst = min(places, key=scores.__getitem__)
     if scores[best] == scores[worst]:
         return None
-    return {
-        "id": row["id"],
-        "prompt": row["prompt"],
-        "chosen": answers[best]["response"],
-        "rejected": answers[worst]["response"],
-        "meta": {
-            "score_chosen": scores[best],
-            "score_rejected": scores[worst],
-            "chosen_ended": answers[best]["meta"]["finish"] == "stop",
-            "rejected_ended": answers[worst]["meta"]["finish"] == "stop",
-        },
+    chosen, rejected = answers[best], answers[worst]
+    meta = {
+        "score_chosen": scores[best],
+        "score_rejected": scores[worst],
+        "chosen_ended": chosen["meta"]["finish"] == "stop",
+        "rejected_ended": rejected["meta"]["finish"] == "stop",
     }
+    ids = chosen["meta"].get("sampled_ids", []) + rejected["meta"].get("sampled_ids", [])
+    if ids:
+        meta["sampled_ids"] = ids
+    sides = {"chosen": chosen["response"], "rejected": rejected["response"]}
+    return {"id": row["id"], "prompt": row["prompt"], **sides, "meta": meta}
 
 
 def write_pairs(rows: list[dict], answers: list[dict], judge: Judge, c: Config):
     """The file --pairs, of the pairs of all prompts that have one."""
-    scores = score_answers(answers, judge, c)
+    own = {row["id"]: ([], []) for row in rows}  # a prompt's answers and their scores
+    for answer, score in zip(answers, score_answers(answers, judge, c)):
+        if answer["id"] not in own:
+            job.die(f"{c.out} has answers to other prompts than {c.data}: delete it")
+        own_answers, own_scores = own[answer["id"]]
+        own_answers.append(answer)
+        own_scores.append(score)
+
     pairs = []
-    for i, row in enumerate(rows):
-        own = slice(i * c.n, (i + 1) * c.n)
-        pair = preference_pair(row, answers[own], scores[own])
+    for row in rows:
+        pair = preference_pair(row, *own[row["id"]])
         if pair:
             pairs.append(pair)
     if job.on_rank_0():
@@ -240,12 +258,12 @@ def main():
         answers = generate_locally(out, rows, Model(c.model, tok, device, dtype), c)
     if job.on_rank_0():
         cut = [answer["meta"]["finish"] for answer in answers].count("length")
-        print(f"{out}: {len(answers)} answers, {cut} cut at {c.max_new_tokens} tokens")
+        missing = len(rows) * c.n - len(answers)
+        left_out = job.left_out_note({"no answer from the endpoint": missing})
+        print(f"{out}: {len(answers)} answers, {cut} cut at {c.max_new_tokens} tokens{left_out}")
 
     # 4. the best and the worst of each prompt
     if c.pairs:
-        if [answer["id"] for answer in answers] != [row["id"] for row in rows for _ in range(c.n)]:
-            job.die(f"{out} has not {c.n} answers to each of these prompts: delete it")
         write_pairs(rows, answers, make_judge(c.judge, None, device, dtype, toy.score), c)
     job.leave()
 

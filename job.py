@@ -58,6 +58,13 @@ def die(message: str) -> typing.NoReturn:
     sys.exit(2)
 
 
+@functools.cache
+def say_once(line: str):
+    """Prints a line on rank 0, the first time that it is given; there may be no group yet."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, flush=True)
+
+
 def seed_of(*parts) -> int:
     """Returns a 63-bit seed made of numbers, strings, and lists or tuples of them.
 
@@ -247,10 +254,10 @@ def phase(
 ) -> list[dict]:
     """Maps items to rows, one for one, in a JSON lines file, on all ranks; returns the rows.
 
-    work(batch of items, the batch's number) returns their rows. Batches have `size` items, which
-    are neighbours under `key`, so that their lengths match. The batches and their numbers are the
-    same for any number of ranks and interruptions; so are the rows, if their seeds are made of the
-    batch's number.
+    work(batch of items, the batch's number) returns their rows; None in the place of a row leaves
+    it out of the file. Batches have `size` items, which are neighbours under `key`, so that their
+    lengths match. The batches and their numbers are the same for any number of ranks and
+    interruptions; so are the rows, if their seeds are made of the batch's number.
 
     Every finished batch is a line in PATH.partRANK, and a killed phase goes on from there. If it
     was begun with other `settings` or items, the program ends; where items are indices, what they
@@ -282,7 +289,7 @@ def phase(
             for number, batch in enumerate(batches):
                 for i, row in zip(batch, done[number]):
                     rows[i] = row
-            write_atomic(path, json_lines(rows))
+            write_atomic(path, json_lines(row for row in rows if row is not None))
         barrier()
 
     if on_rank_0():
@@ -577,11 +584,11 @@ def load_state(path: Path, parts: dict) -> dict:
     return state["more"]
 
 
-def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str):
+def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str, dtype: str = "float32"):
     """Saves the policy as an ordinary Hugging Face folder, all or nothing. All ranks must call it.
 
-    The folder has weights in fp32, tokenizer, chat template, and the generation_config of `source`,
-    the model that the training started from.
+    The folder has weights in `dtype`, tokenizer, chat template, and the generation_config of
+    `source`, the model that the training started from.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from transformers import GenerationConfig
@@ -598,8 +605,14 @@ def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str):
         if lm.config.tie_word_embeddings:
             for name in lm._tied_weights_keys or {}:
                 weights.pop(name, None)  # it is the embedding, which is saved once
+        for name, value in weights.items():
+            if value.is_floating_point():
+                weights[name] = value.to(getattr(torch, dtype))
         with all_or_nothing(folder) as temporary:
             lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
+            config = json.loads((temporary / "config.json").read_text())
+            config["dtype"] = dtype  # in which transformers loads it: lm's own is float32
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             tok.save_pretrained(temporary)
     barrier()
 

@@ -626,6 +626,8 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     activation_checkpointing: bool = True  # recompute activations in the backward pass
     save_every: int = 50  # optimizer steps between training states
+    # of the weights of the last checkpoint; those in between stay in float32
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
     eval_every: int = 50  # optimizer steps between measurements on held-out pairs
     reference: str = "runs/reference"  # folder of reference log-probs, shared by runs
     out: str = "runs/sams"  # folder of the run
@@ -694,6 +696,7 @@ TOY = {
 }
 # what may change between a run and its --resume
 MAY_CHANGE = ("out", "resume", "overwrite", "parallel", "micro_batch", "save_every", "reference")
+MAY_CHANGE += ("save_dtype",)
 
 
 # ------------------------------------------------------------------------- the run
@@ -851,7 +854,8 @@ def train(c, data: Data, held: Data, start: Model, folder: Path, encoder: dict |
         if (step + 1) % c.eval_every == 0 or step + 1 == len(steps):
             metrics.update(measure(c, policy, held, device))
         run.write(step, metrics, lr=lr, grad_norm=norm)
-    job.save_checkpoint(folder / "checkpoint", policy, start.tok, start.path)
+    dtype = c.save_dtype if folder == Path(c.out) else "float32"
+    job.save_checkpoint(folder / "checkpoint", policy, start.tok, start.path, dtype)
 
 
 def all_steps(c, pairs: list[Pair]) -> list[list[int]]:
@@ -1224,7 +1228,8 @@ def show_plan(c, tok, pairs, held, flipped: list[bool], dropped: Counter, device
     print(f"  chosen, with loss: {tok.decode(chosen)!r}")
     print(
         f"rejected, with loss: {tok.decode(rejected)!r} "
-        f"({len(prompt)} + {len(chosen)}, {len(rejected)} tokens)",
+        f"({len(prompt)} + {len(chosen)}, {len(rejected)} tokens)"
+        f", end of a turn: {common.end_note(tok)}",
         flush=True,
     )
 

@@ -245,6 +245,8 @@ class Config:
     activation_checkpointing: bool = True  # recompute activations in the backward pass
     sample_batch: int = 64  # answers sampled or judged at a time
     save_every: int = 50  # optimizer steps between training states
+    # of the weights of the last checkpoint; those in between stay in float32
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
     out: str = "runs/tso"  # folder of the run
     resume: bool = False  # go on with the run in --out
     overwrite: bool = False  # delete the run in --out and begin again
@@ -289,7 +291,7 @@ TOY = {
 }
 # what may change between a run and its --resume
 MAY_CHANGE = ("out", "resume", "overwrite", "parallel", "offload_reference", "micro_batch")
-MAY_CHANGE += ("save_every", "verdicts", "export_pairs", "rounds")
+MAY_CHANGE += ("save_every", "save_dtype", "verdicts", "export_pairs", "rounds")
 
 
 # ------------------------------------------------------------------------- the slices
@@ -425,7 +427,11 @@ def draw_answers(
         n=n,
         note=f"{at.name}: sample {name}",
     )
-    answers = [Answer(row["response"], row["meta"]["finish"] == "stop") for row in drawn]
+    answers = []
+    for row in drawn:
+        ended = row["meta"]["finish"] == "stop"
+        ids = row["meta"].get("sampled_ids", ())
+        answers.append(Answer(row["response"], ended, sampled_ids=ids))
     return [answers[i * n : (i + 1) * n] for i in range(len(at.rows))]
 
 
@@ -461,6 +467,7 @@ def make_pairs(c, at: Slice, candidates: Candidates) -> tuple[list[dict], int]:
                 "cell": f"{positive} > {negative}",
                 "chosen_ended": chosen.ended,
                 "rejected_ended": rejected.ended,
+                **common.sampled_ids(chosen, rejected),
             }
             texts = {"chosen": chosen.text, "rejected": rejected.text}
             pairs.append({"id": pair_id, "prompt": row["prompt"], **texts, "meta": meta})
@@ -750,7 +757,8 @@ def train(c, at: Slice, pairs: list[Pair], start: Model):
 
         metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])
         run.write(step, metrics, lr=lr, grad_norm=norm, more=clip_note(metrics))
-    job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path)
+    dtype = c.save_dtype if at.number == c.rounds * c.slices else "float32"
+    job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path, dtype)
 
 
 def frozen_scorer(lm) -> Scorer:
@@ -1029,7 +1037,7 @@ def report(out: Path, results: list[dict], model: str, started: float):
     folders += [out / f"round{r['round']}-slice{r['slice']}" for r in results[1:]]
     job.write_samples(out, "slice", {folder.name: folder for folder in folders})
 
-    columns = "round slice score full_marks win tie loss chosen_reward rejected_reward"
+    columns = "round slice score full_marks win tie loss cut chosen_reward rejected_reward"
     columns += " clipped_chosen clipped_rejected pairs steps"
     print(job.table(results, columns.split()))
 

@@ -4,10 +4,12 @@ Bad input ends in one line, exit code 2, before any model is loaded.
 """
 
 import dataclasses
+import gzip
 import json
 import re
 import socket
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -194,6 +196,49 @@ SHAPES = {
         need="response",
         found=[{"question": "1+1?", "answer": "#### 2"}],
         expected=[{"prompt": [user("1+1?")], "response": "#### 2", "meta": {}}],
+    ),
+    "a column for the system turn": Shape(
+        need="pair",
+        found=[
+            {"system": "s", "prompt": "a", "chosen": "b", "rejected": "c"},
+            {"system": "", "prompt": "a", "chosen": "b", "rejected": "c"},
+            {
+                "system": "s",
+                "prompt": "q",
+                "chosen": "\n\nHuman: q\n\nAssistant: d",
+                "rejected": "\n\nHuman: q\n\nAssistant: e",
+            },
+        ],
+        expected=[
+            {"prompt": [system("s"), user("a")], "chosen": "b", "rejected": "c", "meta": {}},
+            {"prompt": [user("a")], "chosen": "b", "rejected": "c", "meta": {}},
+            {"prompt": [system("s"), user("q")], "chosen": "d", "rejected": "e", "meta": {}},
+        ],
+    ),
+    "a column for the system turn beside conversations that have it": Shape(
+        need="response",
+        found=[{"system_prompt": "s", "messages": [system("s"), user("a"), assistant("b")]}],
+        expected=[{"prompt": [system("s"), user("a")], "response": "b", "meta": {}}],
+    ),
+    "messages as the prompt of a pair": Shape(
+        need="pair",
+        found=[{"messages": TALK, "chosen": "d", "rejected": "e"}],
+        expected=[{"prompt": TALK, "chosen": "d", "rejected": "e", "meta": {}}],
+    ),
+    "a side that is one message": Shape(
+        need="pair",
+        found=[{"prompt": user("a"), "chosen": assistant("b"), "rejected": assistant("c")}],
+        expected=[{"prompt": [user("a")], "chosen": "b", "rejected": "c", "meta": {}}],
+    ),
+    "meta that is no object": Shape(
+        need="response",
+        found=[{"prompt": "a", "response": "b", "meta": "mine"}],
+        expected=[{"prompt": [user("a")], "response": "b", "meta": {"meta": "mine"}}],
+    ),
+    "columns that say nothing": Shape(
+        need="response",
+        found=[{"prompt": "a", "response": "b", "history": [], "tools": None, "label": True}],
+        expected=[{"prompt": [user("a")], "response": "b", "meta": {}}],
     ),
     "prompts only, texts; not a character is changed": Shape(
         need="prompt",
@@ -458,11 +503,32 @@ def test_without_test_data_rows_are_held_out_before_the_limit_is_applied(tmp_pat
     assert sorted(row["prompt"][0]["content"] for row in held) == HELD
     assert dict(dropped) == {"repeated rows": 1}
 
-    train, held, dropped = datafiles.load_split(path, path, "prompt", limit=10, n_test=20)
-    first = [[user(f"prompt {i}")] for i in range(20)]
-    assert [row["prompt"] for row in train] == first[:10]
-    assert [row["prompt"] for row in held] == first
-    assert not dropped
+    (tmp_path / "test").mkdir()
+    test = jsonl(tmp_path / "test", *[{"prompt": f"other {i}"} for i in range(30)])
+    train, held, dropped = datafiles.load_split(path, test, "prompt", limit=10, n_test=20)
+    assert [row["prompt"] for row in train] == [[user(f"prompt {i}")] for i in range(10)]
+    assert [row["prompt"] for row in held] == [[user(f"other {i}")] for i in range(20)]
+    assert not +dropped
+
+
+def test_a_prompt_that_is_held_out_is_not_trained_on(tmp_path, capsys):
+    """Rows that share their prompt with the measured part of --test leave the training side.
+
+    They are counted; if nothing is left, one line says why.
+    """
+    path = jsonl(tmp_path, *[{"prompt": f"prompt {i}"} for i in range(10)])
+    (tmp_path / "test").mkdir()
+    shared = [{"prompt": f"prompt {i}"} for i in (3, 5, 7)]
+    test = jsonl(tmp_path / "test", {"prompt": "other"}, *shared)
+    train, held, dropped = datafiles.load_split(path, test, "prompt", limit=None, n_test=3)
+    assert len(held) == 3
+    names = [row["prompt"][0]["content"] for row in train]
+    assert names == [f"prompt {i}" for i in range(10) if i not in (3, 5)]
+    assert dict(dropped) == {"prompts that are in --test, too": 2}
+
+    with pytest.raises(SystemExit):
+        datafiles.load_split(path, path, "prompt", limit=5, n_test=10)
+    has(capsys.readouterr().err, f"{path}: every prompt is in the held-out data, too: {path}")
 
 
 # ---------------------------------------------------------------- bad input
@@ -658,6 +724,43 @@ BAD_FILES = {
         ".jsonl", '{"chosen": "a", "rejected": "b"}\n', [":1:", "without a prompt"]
     ),
     "number as response": BadFile(".jsonl", '{"question": "a", "answer": 5}\n', [":1:", "text"]),
+    "history": BadFile(
+        ".jsonl",
+        GOOD * 20 + '{"prompt": "a", "response": "b", "history": [["c", "d"]]}\n',
+        [":21:", "'history'"],
+    ),
+    "tools": BadFile(
+        ".jsonl",
+        GOOD * 20 + '{"prompt": "a", "response": "b", "tools": [{"name": "f"}]}\n',
+        [":21:", "'tools'"],
+    ),
+    "label: false": BadFile(
+        ".jsonl",
+        GOOD * 20 + '{"prompt": "a", "completion": "b", "label": false}\n',
+        [":21:", "'label'"],
+    ),
+    "a lost system turn": BadFile(
+        ".jsonl",
+        GOOD * 20
+        + lines([{"prompt": [system("s"), user("a")], "response": [user("a"), assistant("b")]}]),
+        [":21:", "'response'", "different"],
+    ),
+    "two system turns": BadFile(
+        ".jsonl",
+        GOOD * 20 + lines([{"system": "t", "prompt": [system("s"), user("a")], "response": "b"}]),
+        [":21:", "'system'", "two system turns"],
+    ),
+    "another prompt": BadFile(
+        ".jsonl",
+        GOOD * 20 + lines([{"prompt": "c", "response": [user("a"), assistant("b")]}]),
+        [":21:", "'response'", "different"],
+    ),
+    "unknown columns in the last row": BadFile(
+        ".jsonl", GOOD * 20 + '{"text": "a"}\n', [":21:", "['text']"]
+    ),
+    "packed, but damaged": BadFile(".jsonl.gz", b"\x1f\x8b\x08\0\0", ["damaged", ".gz"]),
+    "not packed": BadFile(".jsonl.gz", GOOD, ["damaged, or not a .gz file"]),
+    "packed otherwise": BadFile(".jsonl.zst", GOOD, [".zst"]),
     "parts as content": BadFile(
         ".jsonl",
         '{"prompt": [{"role": "user", "content": [{"type": "text"}]}], "response": "a"}\n',
@@ -750,23 +853,99 @@ def test_two_prompts_in_one_pair_are_refused(tmp_path, capsys):
 
 
 def test_faulty_rows_of_a_data_set_are_left_out_and_counted(tmp_path, capsys):
-    """Rows that nobody can mend from here are counted by reason; wrong columns end the run."""
+    """Rows that nobody can mend from here are counted by reason; wrong columns end the run.
+
+    So does a null in the first row, which will be null in others.
+    """
+    good = [{"prompt": [user(f"good {i}")], "response": "g"} for i in range(45)]
     found = [
         {"prompt": [user("a")], "response": "b"},
         {"prompt": [user("a")], "response": " "},
         {"prompt": [assistant("a")], "response": "b"},
         {"prompt": [user("c"), user("d")], "response": "b"},
+        {"prompt": [user("a")], "response": None},
         {"prompt": [user("a")], "response": "d"},
+        *good,
     ]
     path = stored(tmp_path, "folder", found)
     rows, dropped = datafiles.load_rows(path, "response")
-    assert [row["response"] for row in rows] == ["b", "d"]
-    assert dict(dropped) == {"empty response": 1, "roles out of order": 2}
+    assert [row["response"] for row in rows] == ["b", "d", *["g"] * 45]
+    assert dict(dropped) == {"empty response": 2, "roles out of order": 2}
 
     with pytest.raises(SystemExit):
         datafiles.load_rows(path, "pair")
     last_line = capsys.readouterr().err.splitlines()[-1]
     has(last_line, path, "row 1", "['prompt', 'response']", "pair")
+
+    path = jsonl(tmp_path, {"prompt": "a", "response": None}, *good)
+    with pytest.raises(SystemExit):
+        datafiles.load_rows(path, "response")
+    has(capsys.readouterr().err, f"{path}:1: empty response: column 'response' is null")
+
+
+FAULTY = [
+    {"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+    {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: A\n\nAssistant: c"},
+    {"prompt": [user("a"), user("b")], "chosen": "c", "rejected": "d"},
+    {"prompt": "a", "chosen": "b\ud83d", "rejected": "c"},
+    {"prompt": "a", "chosen": "b", "rejected": None},
+]
+
+
+def test_faulty_rows_of_a_file_are_left_out_counted_and_named(tmp_path, capsys):
+    """5 of 50: each under its reason, the first three with file and line; 6 of 50 end the run."""
+    good = [{"prompt": f"p{i}", "chosen": "x", "rejected": "y"} for i in range(45)]
+    path = tmp_path / "data.jsonl"
+    text = "".join(json.dumps(row) + "\n" for row in [*FAULTY, *good])
+    path.write_text(text)
+    rows, dropped = datafiles.load_rows(str(path), "pair")
+    assert [row["prompt"] for row in rows] == [[user(f"p{i}")] for i in range(45)]
+    assert dict(dropped) == {
+        "empty response": 2,
+        "chosen and rejected have different prompts": 1,
+        "roles out of order": 1,
+        "not valid Unicode": 1,
+    }
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:2] == [
+        f"left out: {path}:1: empty response: column 'chosen'",
+        f"left out: {path}:2: chosen and rejected have different prompts",
+    ]
+    assert shown[2].startswith(f"left out: {path}:3: roles out of order: ['user', 'user']")
+    assert len(shown) == 3
+
+    path.write_text(text.replace('"p0"', '" "'))
+    with pytest.raises(SystemExit) as end:
+        datafiles.load_rows(str(path), "pair")
+    assert end.value.code == 2
+    line = capsys.readouterr().err
+    has(line, f"{path}: 6 of 50 rows can't be used, more than 10%: {path}:1: empty response")
+    assert line.count("\n") == 1
+
+
+def test_a_row_of_a_data_set_whose_columns_contradict_each_other_is_left_out(tmp_path):
+    """A system turn that the sides have lost: nobody can mend it from here, so it is counted."""
+    good = [{"prompt": [user(f"p{i}")], "response": [assistant("x")]} for i in range(10)]
+    lost = {"prompt": [system("s"), user("a")], "response": [user("a"), assistant("b")]}
+    rows, dropped = datafiles.load_rows(stored(tmp_path, "folder", [*good, lost]), "response")
+    assert len(rows) == 10
+    [(reason, count)] = dropped.items()
+    assert count == 1
+    has(reason, "the prompt and the beginning of column 'response' are different")
+
+
+def test_a_packed_file_is_read_as_it_comes(tmp_path):
+    """x.jsonl.gz and x.json.gz have the rows, and the ids, of what is packed in them."""
+    rows = [{"prompt": f"p{i}", "response": "x"} for i in range(3)]
+    wanted = datafiles.load_rows(jsonl(tmp_path, *rows), "response")
+    for kind in ("jsonl", "json"):
+        plain = stored(tmp_path, kind, rows)
+        (tmp_path / f"packed.{kind}.gz").write_bytes(gzip.compress(Path(plain).read_bytes()))
+        assert datafiles.load_rows(str(tmp_path / f"packed.{kind}.gz"), "response") == wanted
+    zstandard = pytest.importorskip("zstandard")
+    packed = tmp_path / "packed.jsonl.zst"
+    packed.write_bytes(zstandard.compress(Path(jsonl(tmp_path, *rows)).read_bytes()))
+    assert datafiles.load_rows(str(packed), "response") == wanted
 
 
 def model_copy(bare, folder, without=None, **changes):
@@ -858,7 +1037,7 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(printed, bare, tmp_path)
         "4 training, 2 held-out",
         "batch 16 = 1 ranks x 8 pairs x 2 micro-batches",
         "no loss: '<bos><|user|>abcdef<|assistant|>'",
-        "with loss: 'abcdef<eos>' (9 + 7 tokens)",
+        "with loss: 'abcdef<eos>' (9 + 7 tokens), end of a turn: '<eos>' (2)",
     )
     assert not out.exists()
 
@@ -888,7 +1067,10 @@ def test_prompts_longer_than_the_limit_are_counted_and_none_left_is_an_error(
     """With room for 8 tokens two prompts stay, in both splits; with room for 6 the run ends."""
     data = four_words(tmp_path)
     out = tmp_path / "out"
-    flags = dnpo_flags(bare, data=data, test=data, out=out, max_prompt=8)
+    (tmp_path / "test").mkdir()
+    words = ("pbcde", "pbcdef", "pbcd", "pbcdefg")
+    test = jsonl(tmp_path / "test", *({"prompt": x, "response": x} for x in words))
+    flags = dnpo_flags(bare, data=data, test=test, out=out, max_prompt=8)
     shown = printed(dnpo, *flags, "--dry_run")
     has(shown, "2 training, 2 held-out", "4 left out: prompts longer than --max_prompt")
     has(refused(dnpo, *flags, "--max_prompt", 6), data, "0 training", "6 tokens")

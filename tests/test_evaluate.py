@@ -700,14 +700,18 @@ def test_fastchat_reads_what_is_exported(world, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluate, "generate", generate)
     flags = [world / "sft", "--export", "mt_bench", "--questions", tmp_path / "q.jsonl"]
-    flags += ["--max_response", 12, "--name", "tiny", "--out", tmp_path / "out"]
+    flags += ["--max_response", 12, "--name", "org/tiny", "--out", tmp_path / "out"]
     run(monkeypatch, evaluate, *flags)
 
-    rows = lines(tmp_path / "out" / "mt_bench" / "tiny.jsonl")
+    # FastChat takes what lies in the folder, and a file's name for the model's
+    [file] = (tmp_path / "out" / "mt_bench").glob("*.jsonl")
+    assert file.name == "org-tiny.jsonl"
+    assert "--model-list org-tiny" in capsys.readouterr().out
+    rows = lines(file)
     assert [row["question_id"] for row in rows] == [81, 82, 83, 84]
     for row in rows:
         assert list(row) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
-        assert row["model_id"] == "tiny"
+        assert row["model_id"] == "org-tiny"
         (choice,) = row["choices"]
         assert choice["index"] == 0
         assert len(choice["turns"]) == 2
@@ -736,11 +740,10 @@ def test_fastchat_reads_what_is_exported(world, tmp_path, monkeypatch, capsys):
         {"role": "assistant", "content": first_answer},
         {"role": "user", "content": "ab"},
     ]
-    capsys.readouterr()
 
     theirs = pytest.importorskip("fastchat.llm_judge.common", exc_type=ImportError)
     loaded = theirs.load_model_answers(str(tmp_path / "out" / "mt_bench"))
-    assert loaded["tiny"][82] == rows[1]
+    assert loaded["org-tiny"][82] == rows[1]
     assert evaluate.TEMPERATURES.items() <= theirs.temperature_config.items()
 
 

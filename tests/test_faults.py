@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from conftest import (
     ROOT,
+    as_flags,
     assert_close,
     command,
     dnpo_flags,
@@ -37,6 +38,7 @@ import common
 import dnpo
 import job
 import sams
+import tso
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +145,7 @@ sys.path.insert(0, sys.argv[1])
 from torch.distributed.elastic.multiprocessing.errors import record
 import job
 import sams
+import tso
 
 marker = sys.argv[2]
 take_step = sams.take_step
@@ -212,6 +215,7 @@ import torch.distributed.distributed_c10d as c10d
 c10d.default_pg_timeout = datetime.timedelta(seconds=3)
 import job
 import sams
+import tso
 
 
 def work(items, number):
@@ -404,3 +408,36 @@ def test_a_checkpoint_has_the_generation_config_of_its_source(world, tmp_path):
     assert scorer.lm.generation_config.temperature != 0.3
     job.save_checkpoint(folder, scorer, tok, str(source))
     assert GenerationConfig.from_pretrained(folder).to_diff_dict() == config.to_diff_dict()
+
+
+def test_the_last_checkpoint_may_be_saved_in_half_the_size(world, tmp_path, monkeypatch):
+    """--save_dtype bfloat16: its weights are rounded, it loads as such, those before are exact."""
+    from transformers import AutoModelForCausalLM
+
+    unrounded = {}
+    save = job.save_checkpoint
+
+    def save_and_keep(folder, scorer, *more):
+        names = [name.removeprefix("lm.") for name, _ in scorer.named_parameters()]
+        values = [value.detach().clone() for value in scorer.parameters()]
+        unrounded[folder.relative_to(tmp_path)] = dict(zip(names, values))
+        save(folder, scorer, *more)
+
+    monkeypatch.setattr(job, "save_checkpoint", save_and_keep)
+    few = {"limit": 16, "max_steps": 1, "save_dtype": "bfloat16"}
+    run(monkeypatch, dnpo, *dnpo_flags(world, out=tmp_path / "dnpo", test_prompts=2, **few))
+    run(monkeypatch, sams, *sams_flags(world, out=tmp_path / "sams", preselect=0.5, **few))
+    tso_few = {"data": world / "train.jsonl", "test": world / "test.jsonl", "slices": 2}
+    tso_few.update(model=world / "sft", older=world / "sft-early", smaller=world / "sft-small")
+    tso_few.update(batch=4, micro_batch=4, test_prompts=2, n_scores=0, judge="toy", preset="toy")
+    run(monkeypatch, tso, *as_flags({**tso_few, **few, "out": tmp_path / "tso"}))
+
+    last = [Path("dnpo/iter2/checkpoint"), Path("sams/checkpoint")]
+    last.append(Path("tso/round1-slice2/checkpoint"))
+    assert len(unrounded) == 2 + 3 + 2
+    assert unrounded.keys() > set(last)
+    for folder, exact in unrounded.items():
+        dtype = torch.bfloat16 if folder in last else torch.float32
+        loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / folder).named_parameters())
+        assert_close(loaded, {name: exact[name].to(dtype) for name in loaded}, atol=0)
+        assert {value.dtype for value in weights(tmp_path / folder).values()} == {dtype}

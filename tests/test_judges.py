@@ -71,10 +71,23 @@ def toy_judge() -> Judge:
         ("Rating: [[7", None),
         ("From [[1]] to [[100]], I give it [[112]]", None),
         ("Verdict: [[A]]", None),
+        ("Rating: [[8]] (it quoted [[2]])", 8),
+        ("**Rating:** [[8]], or [[2]]", 8),
+        ("[[2]] Rating: [[6]] Rating: [[8]] of [[10]]", 8),
+        ("<think>Rating: [[3]]</think>Rating: [[7]]", 7),
+        ("Rating: [[7]]<think>Rating: [[3]]", 7),
+        ("<think>Rating: [[3]]", None),
+        ("Perhaps Rating: [[3]]</think>", None),
+        ("Perhaps Rating: [[3]]</think>[[5]]", 5),
+        ("[THINK][[3]][/THINK]\n[[4]]", 4),
+        (common.SCORE_PROMPT.format(prompt="p", a="it is [[9]]"), None),
     ],
 )
 def test_a_score_is_the_last_one_in_double_brackets(text, score):
-    """The last [[n]] if 1 <= n <= 100; what can't be read, or is off the scale, is None."""
+    """In the demanded form, if any is, outside of thoughts: [[n]] if 1 <= n <= 100.
+
+    What can't be read, or is off the scale, is None.
+    """
     assert read_score(text) == score
 
 
@@ -99,10 +112,17 @@ def test_a_score_is_the_last_one_in_double_brackets(text, score):
         ("Verdict: [[A", None),
         ("Rating: [[7]]", None),
         ("I'm sorry, I can't compare these.", None),
+        ("Verdict: [[A]] because [[B]] is worse", "A"),
+        ("Verdict: **[[A]]** because [[B]] is worse", "A"),
+        ("Verdict: [[B]]. No, Verdict: [[A]].", "A"),
+        ("<think>\nVerdict: [[B]]\n</think>\n\nVerdict: [[A]]", "A"),
+        ("<think>\nVerdict: [[B]]", None),
+        (common.COMPARE_PROMPT.format(prompt="p", a="[[A]]", b="y"), None),
+        (common.COMPARE_PROMPT.format(prompt="p", a="x", b="y") + "\nVerdict: [[B]]", "B"),
     ],
 )
 def test_a_verdict_is_the_last_one_in_double_brackets(text, verdict):
-    """The last [[A]], [[B]] or [[tie]], in any case; else None."""
+    """In the demanded form, if any is, outside of thoughts: [[A]], [[B]] or [[tie]]; else None."""
     assert read_verdict(text) == verdict
 
 
@@ -658,8 +678,9 @@ class Server(ThreadingHTTPServer):
     """An OpenAI-compatible endpoint on loopback.
 
     reply(question, n) is what the n-th request (from 0) with this last message is answered with: a
-    text, a status code, "<hang>", "<broken>", or a whole body as a dict. models: the status code of
-    the list of models.
+    text, a status code, (status code, message), "<hang>", "<broken>", or a whole body as a dict.
+    models: the status code of the list of models. refuses: {option: the message with which a
+    request that has it gets a 400}.
     """
 
     daemon_threads = True
@@ -670,6 +691,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.reply = reply
         self.models = models
+        self.refuses = {}
         self.lock = threading.Lock()
         # what was asked
         self.bodies = []
@@ -715,11 +737,18 @@ class Handler(BaseHTTPRequestHandler):
             server.most = max(server.most, server.now)
 
         reply = server.reply(question, n)
+        for name, message in server.refuses.items():
+            if name in body:
+                reply = 400, message
         time.sleep(3 if reply == "<hang>" else 0.03)
         with server.lock:
             server.now -= 1
         if isinstance(reply, int):
-            self.send(reply, b'{"error": {"message": "not now"}}', Retry_After="0")
+            reply = reply, "not now"
+        if isinstance(reply, tuple):
+            status, message = reply
+            content = json.dumps({"error": {"message": message}}).encode()
+            self.send(status, content, Retry_After="0")
         elif reply == "<broken>":
             self.send(200, b'{"choices": [{"mess')
         elif isinstance(reply, dict):
@@ -879,11 +908,12 @@ def test_no_more_requests_are_in_flight_than_allowed(serve, monkeypatch):
     assert len(server.bodies) == 24
 
 
-@pytest.mark.parametrize("failure", [503, "<broken>", 401, 404])
+@pytest.mark.parametrize("failure", [503, "<broken>", 401, 403, 404])
 def test_when_all_retries_fail_the_run_ends_in_one_line(failure, serve, monkeypatch, tmp_path):
     """First try and 2 retries (none where they can't help), then the end, and no more questions.
 
-    The line has the server's name; what was answered before is kept.
+    The line has the server's name, and the retries if there were any; what was answered before is
+    kept.
     """
 
     def reply(question, n):
@@ -900,13 +930,157 @@ def test_when_all_retries_fail_the_run_ends_in_one_line(failure, serve, monkeypa
     assert server.url in message
     assert "\n" not in message
     assert "sk-secret" not in message
-    tries = 1 if failure in (401, 404) else 3
+    tries = 1 if failure in (401, 403, 404) else 3
+    assert ("after 2 retries" in message) == (tries == 3)
+    assert "--resume" not in message
     assert times_by_response(server) == {"a": 1, "b": 1, "c": tries}
 
     well = serve(say("Rating: [[6]]"))
     assert make_judge("api:m", tmp_path).score(items) == [6] * 6
     # a and b were answered, and perhaps paid for, before
     assert sorted(response_of(question) for question in well.times) == ["c", "d", "e", "f"]
+
+
+FILTERED = 400, "The prompt triggered the content filter."
+TOO_LONG = 400, "'max_tokens' is too large: the model's maximum context length is 2048 tokens"
+
+
+@pytest.mark.parametrize("refusal", [FILTERED, TOO_LONG, (413, "too large"), (422, "no")])
+def test_a_refused_message_is_a_judgement_that_could_not_be_read(refusal, serve, tmp_path):
+    """It is None, asked once more in this call and at the next start, and the others have scores.
+
+    Not even a start at which only refused ones are left to ask ends the run.
+    """
+
+    def reply(question, n):
+        return refusal if response_of(question) in "bc" else "Rating: [[6]]"
+
+    server = serve(reply)
+    items = [(user("p"), text) for text in "abcd"]
+    assert make_judge("api:m", tmp_path).score(items) == [6, None, None, 6]
+    assert times_by_response(server) == {"a": 1, "b": 2, "c": 2, "d": 1}
+    assert make_judge("api:m", tmp_path).score(items) == [6, None, None, 6]
+    assert times_by_response(server) == {"a": 1, "b": 4, "c": 4, "d": 1}
+
+
+def test_a_server_that_refuses_everything_ends_the_run(serve, tmp_path, monkeypatch, capsys):
+    """The line has what it said; in the folder of a run it says how to go on."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    server = serve(say((400, "no such\nmodel")))
+    items = [(user("p"), text) for text in "abc"]
+    for cache, resumed in ((None, False), (tmp_path / "judge", False), (run / "judge", True)):
+        with pytest.raises(SystemExit) as end:
+            make_judge("api:m", cache).score(items)
+        message = str(end.value.code)
+        assert message.startswith(f"error: {server.url}/ refuses everything: ")
+        assert "no such model" in message
+        assert ("with --resume" in message) == resumed
+
+    data, out = prompts(tmp_path, "a"), tmp_path / "o.jsonl"
+    with pytest.raises(SystemExit, match="answered none of 1 prompts: .*no such model"):
+        generated(monkeypatch, capsys, server.url, data, out)
+    assert not out.exists()
+
+
+def test_an_option_that_the_server_refuses_is_not_sent_again(serve, monkeypatch, capsys, tmp_path):
+    """temperature goes, max_tokens gets its other name; a note says so, and the run goes on."""
+    server = serve(say(completion("yes")))
+    server.refuses = {
+        "temperature": "Unsupported value: 'temperature' does not support 0.5 with this model.",
+        "max_tokens": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+    }
+    flags = ["--temperature", "0.5", "--max_new_tokens", "9"]
+    texts = [f"p{i}" for i in range(20)]
+    data, out = prompts(tmp_path, *texts), tmp_path / "o.jsonl"
+    rows, shown = generated(monkeypatch, capsys, server.url, data, out, *flags)
+    assert [row["response"] for row in rows] == ["yes"] * 20
+    assert "refuses temperature: it is asked without it" in shown.out
+    assert "refuses max_tokens: it is asked with max_completion_tokens instead" in shown.out
+
+    accepted = {"model": "m", "top_p": 1.0, "max_completion_tokens": 9}
+    refused = [body for body in server.bodies if body_without_messages(body) != accepted]
+    assert len(server.bodies) - len(refused) == 20
+    assert len(refused) <= 2 * common.API_CONCURRENCY  # those of the first batch
+
+
+def test_the_second_question_is_not_the_first_again(serve):
+    """At temperature 0 it would get the same unreadable answer: it is asked at temperature 1."""
+
+    def reply(question, n):
+        return "Rating: [[6]]" if n else "I can't say."
+
+    server = serve(reply)
+    assert make_judge("api:m", None).score([(user("p"), "y")]) == [6]
+    assert [body["temperature"] for body in server.bodies] == [0, 1]
+
+
+def parts(*contents) -> dict:
+    """A completion whose content is a list of parts."""
+    return completion([{"type": kind, "text": text} for kind, text in contents])
+
+
+TOOLS = {"choices": [{"finish_reason": "tool_calls", "message": {"content": None}}]}
+NO_ANSWERS = {
+    "null": completion(None),
+    "empty": completion(""),
+    "blank": completion(" \n"),
+    "tools": TOOLS,
+    "filtered": completion("Rating: [[5]]", "content_filter"),
+    "only a thought": parts(("thinking", "Rating: [[5]]")),
+}
+
+
+def test_what_is_no_answer_is_left_out_and_counted(serve, monkeypatch, capsys, tmp_path):
+    """Null, empty, tool-call or filtered content is neither a judgement nor a sample.
+
+    Content in parts is joined, and half of a surrogate pair is dropped.
+    """
+    answers = {
+        **NO_ANSWERS,
+        "parts": parts(("thinking", "hm"), ("text", "Rating: "), ("text", "[[8]]")),
+        "half": {"choices": [{"message": {"content": "Rating: [[7]]\ud83d"}}]},
+        "long": TOO_LONG,
+    }
+
+    def judged(question, n):
+        return answers[response_of(question)]
+
+    serve(judged)
+    scores = make_judge("api:m", None).score([(user("p"), name) for name in answers])
+    assert scores == [None] * len(NO_ANSWERS) + [8, 7, None]
+
+    def answered(question, n):
+        return answers[question]
+
+    server = serve(answered)
+    data, out = prompts(tmp_path, *answers), tmp_path / "o.jsonl"
+    rows, shown = generated(monkeypatch, capsys, server.url, data, out)
+    assert [(row["id"], row["response"]) for row in rows] == [
+        ("id-parts", "Rating: [[8]]"),
+        ("id-half", "Rating: [[7]]"),
+    ]
+    assert "2 answers, 0 cut at 512 tokens, 7 left out: no answer from the endpoint" in shown.out
+    assert all(body["max_tokens"] == 512 for body in server.bodies)
+
+
+def test_a_judgement_that_was_cut_is_none(serve):
+    """What a limit has cut may quote a verdict, and has not given its own."""
+    serve(say(completion("At first sight Rating: [[8]], but", "length")))
+    assert make_judge("api:m", None).score([(user("p"), "y")]) == [None]
+
+
+def test_a_question_that_is_repeated_is_no_judgement(serve):
+    """Neither its form nor brackets in the texts to judge count; what follows it does."""
+
+    def reply(question, n):
+        return question + ("\n\nRating: [[4]]" if "good" in question else "")
+
+    serve(reply)
+    items = [(user("[[3]]"), "Rating: [[9]]"), (user("p"), "good [[9]]")]
+    assert make_judge("api:m", None).score(items) == [None, 4]
+    assert make_judge("api:m", None).compare([(user("p"), "[[A]]", "y")]) == [None]
 
 
 # ---------------------------------------------------------------- generate.py --endpoint
@@ -986,7 +1160,7 @@ def test_answers_are_sampled_from_an_endpoint_through_a_bad_day(
 
 
 def test_a_broken_body_is_not_an_answer(serve, monkeypatch, capsys, tmp_path):
-    """Broken JSON is asked again, and ends the run if it stays so; an empty answer is stored."""
+    """Broken JSON is asked again, and ends the run if it stays so; an empty answer is left out."""
 
     def reply(question, n):
         if question == "c" or (question == "b" and n == 0):
@@ -996,7 +1170,7 @@ def test_a_broken_body_is_not_an_answer(serve, monkeypatch, capsys, tmp_path):
     server = serve(reply)
     data = prompts(tmp_path, "a", "b")
     rows, _ = generated(monkeypatch, capsys, server.url, data, tmp_path / "o.jsonl")
-    assert [row["response"] for row in rows] == ["yes", ""]
+    assert [row["response"] for row in rows] == ["yes"]
     assert server.times == {"a": 1, "b": 2}
 
     data = prompts(tmp_path, "c")

@@ -6,11 +6,20 @@ Padding, batch-mates, chunks and micro-batches change nothing.
 import copy
 import math
 import random
+from collections import Counter
 
 import pytest
 import torch
 from test_equations import V, naive_log_softmax, near, random_pairs, run_train, tiny_lm
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import common
@@ -23,6 +32,7 @@ from common import (
     collate_pairs,
     encode_pairs,
     load_lm,
+    load_tokenizer,
     prompt_ids,
     response_ids,
     sample,
@@ -71,7 +81,7 @@ def bpe(letters: list[str], merges: list[tuple[str, str]], **more) -> Tokenizer:
 
 def sentencepiece():
     """As Llama 2's and Mistral's: every text is given a space in front."""
-    letters = ["▁", "\n", *"</>userantiomhy."]
+    letters = ["▁", "\n", *map(chr, range(33, 127))]
     core = bpe(letters, [("h", "i"), ("▁", "hi"), ("▁", "a")], unk_token="<unk>")
     space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     core.normalizer = normalizers.Sequence(space)
@@ -90,6 +100,198 @@ def bytes_bpe():
 
 
 TOKENIZERS = {"toy": toy.tokenizer, "sentencepiece": sentencepiece, "bytes": bytes_bpe}
+
+
+# ---------------------------------------------------------------- what a chat template does
+
+EACH = "{% for m in messages %}"
+CHATML = (
+    EACH + "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+INSTRUCTION = EACH + "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+# name: template, its special tokens beside </s>, which of them ends a turn
+TEMPLATES = {
+    "chatml, also the tokenizer's end": (CHATML, "<|im_start|> <|im_end|>", "<|im_end|>"),
+    "llama 3": (
+        EACH + "{{ '<|h|>' + m['role'] + '<|/h|>\\n' + m['content'] | trim + '<|eot|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|h|>assistant<|/h|>\\n' }}{% endif %}",
+        "<|h|> <|/h|> <|eot|>",
+        "<|eot|>",
+    ),
+    "zephyr": (
+        EACH + "{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
+        "",
+        "</s>",
+    ),
+    "deepseek: a special token right before the answer": (
+        EACH + "{% if m['role'] == 'user' %}{{ '<U>' + m['content'] }}"
+        "{% else %}{{ '<A>' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<A>' }}{% endif %}",
+        "<U> <A>",
+        "</s>",
+    ),
+    "phi: the tokenizer's end after the turn's": (
+        EACH + "{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}"
+        "{% else %}{{ eos_token }}{% endif %}",
+        "<|user|> <|assistant|> <|end|>",
+        "<|end|>",
+    ),
+    "llama 2: blanks around the answer": (
+        INSTRUCTION + "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
+        "",
+        "</s>",
+    ),
+    "mistral: a blank before the answer": (
+        INSTRUCTION + "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
+        "",
+        "</s>",
+    ),
+    "qwen 3: an empty thought before the answer": (
+        EACH + "{{ '<|im_start|>' + m['role'] + '\\n' }}"
+        "{% if m['role'] == 'assistant' %}{{ '<think>\\n</think>\\n' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+        "<|im_start|> <|im_end|>",
+        "<|im_end|>",
+    ),
+    "r1: a thought opened at the end of the prompt": (
+        EACH + "{{ '<|' + m['role'] + '|>' + m['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}",
+        "<|user|> <|assistant|>",
+        "</s>",
+    ),
+    "gpt-oss: a channel before the answer": (
+        EACH + "{{ '<|start|>' + m['role'] }}"
+        "{% if m['role'] == 'assistant' %}{{ '<|channel|>final' }}{% endif %}"
+        "{{ '<|message|>' + m['content'] + '<|return|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
+        "<|start|> <|channel|> <|message|> <|return|>",
+        "<|return|>",
+    ),
+}
+ANSWERS = [
+    "hi",
+    "hi a",
+    "7 of 9",
+    "1. one\n\n2. two\n",
+    "\U0001f642 yes",
+    "\u4e03\u4e2a",
+    "</s>",
+    "(a) no",
+]
+
+
+def chat_tokenizer(family: str, name: str):
+    """A tokenizer of a family, sentencepiece or bytes, with one of TEMPLATES."""
+    tok = TOKENIZERS[family]()
+    tok.chat_template, special, _ = TEMPLATES[name]
+    tok.add_tokens([AddedToken(token, special=True) for token in special.split()], True)
+    return tok
+
+
+@pytest.mark.parametrize("family", ["sentencepiece", "bytes"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompt_answer_and_end_are_what_the_template_gives_the_whole_conversation(family, name):
+    """Token by token, up to the token that ends a turn in the template; the tokenizer's is </s>.
+
+    An answer that spells a special token differs from what the template would make of it.
+    """
+    tok = chat_tokenizer(family, name)
+    end = tok.convert_tokens_to_ids(TEMPLATES[name][2])
+    for text in ANSWERS:
+        talk = [*USER, {"role": "assistant", "content": text}]
+        whole = tok.apply_chat_template(talk, return_dict=False)
+        prompt, answer = prompt_ids(tok, USER), response_ids(tok, text, True, LONG)
+        assert answer[-1] == end
+        assert end not in answer[:-1]
+        if text == "</s>" or (text.endswith("\n") and "trim" in tok.chat_template):
+            continue
+        assert prompt + answer == whole[: len(prompt + answer)]
+        assert end not in whole[len(prompt + answer) :] or "phi" in name
+
+        cut = response_ids(tok, text, False, LONG)
+        assert cut == answer[: len(cut)]
+        assert len(answer) - len(cut) == (2 if "llama 2" in name else 1)
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES)[:4])
+def test_models_that_end_their_turns_as_the_tokenizer_does_have_the_ids_they_had(name):
+    """The template's ids of the prompt; the answer's after a newline; the end of sequence."""
+    tok = chat_tokenizer("bytes", name)
+    tok.eos_token = TEMPLATES[name][2]
+    for text in ANSWERS:
+        ids = tok("\n" + text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert response_ids(tok, text, True, LONG) == [*ids[1:], tok.eos_token_id]
+    wanted = tok.apply_chat_template(USER, add_generation_prompt=True, return_dict=False)
+    assert prompt_ids(tok, USER) == wanted
+
+
+def loaded(folder, tok) -> tuple:
+    """load_tokenizer() of a folder with this tokenizer."""
+    tok.save_pretrained(folder)
+    tiny_lm(1).config.save_pretrained(folder)
+    return load_tokenizer(str(folder))
+
+
+NO_END = EACH + "{{ m['role'] + ':\\n' + m['content'] + '\\n' }}{% endfor %}"
+NOTES = {
+    TEMPLATES["llama 3"][0]: "strips the blanks around an answer",
+    TEMPLATES["qwen 3: an empty thought before the answer"][0]: (
+        "writes '<think>\\n</think>\\n' between prompt and answer: answers are sampled and trained"
+    ),
+    TEMPLATES["r1: a thought opened at the end of the prompt"][0]: (
+        "ends a prompt with '<think>\\n', which is gone once there is an answer"
+    ),
+    NO_END + "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}": (
+        "no special token ('\\n' follows): '</s>' is trained as the end"
+    ),
+    "{{ messages[0]['content'] }}": "does not render an assistant's answer",
+    "{{ messages | length }}" + CHATML: "['2', '<', '|', 'i'] where ['1', '<', '|', 'i'] is",
+    CHATML + "{{ strftime_now('%d %B') }}": "writes the date: in every run it is 2024-07-26",
+}
+
+
+@pytest.mark.parametrize("template", NOTES)
+def test_what_a_template_does_to_answers_is_said_once_when_it_is_loaded(tmp_path, capsys, template):
+    """One note on the console, which names the folder; a template that does nothing has none."""
+    tok = bytes_bpe()
+    tok.chat_template = CHAT
+    loaded(tmp_path / "plain", tok)
+    assert capsys.readouterr().out == ""
+
+    tok.chat_template = template
+    loaded(tmp_path / "it", tok)
+    shown = capsys.readouterr().out
+    assert f"note: {tmp_path / 'it'}: its chat template " in shown
+    assert NOTES[template] in shown
+    load_tokenizer(str(tmp_path / "it"))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_template_that_renders_nothing_of_plain_text_is_refused(tmp_path, capsys):
+    """One that wants its content in parts would train without a prompt: one line, exit code 2."""
+    tok = bytes_bpe()
+    tok.chat_template = EACH + (
+        "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}{% endfor %}"
+    )
+    with pytest.raises(SystemExit) as end:
+        loaded(tmp_path, tok)
+    assert end.value.code == 2
+    line = capsys.readouterr().err
+    assert "renders nothing of a prompt that is plain text" in line
+    assert line.count("\n") == 1
+
+
+def test_a_template_with_todays_date_gives_the_same_ids_on_every_day(tmp_path):
+    """It writes 26 Jul 2024 in every run, and the saved template is still the model's own."""
+    tok = bytes_bpe()
+    tok.chat_template = "{{ 'Today: ' + strftime_now('%d %b %Y') }}\n" + CHATML
+    tok, _ = loaded(tmp_path, tok)
+    assert tok.decode(prompt_ids(tok, USER)).startswith("Today: 26 Jul 2024\n<|im_start|>user")
+    assert "strftime_now" in tok.chat_template
 
 
 # ---------------------------------------------------------------- ids and masks
@@ -562,6 +764,120 @@ def test_a_sampled_answer_comes_back_as_the_ids_it_was_sampled_as():
         if 2 in new:
             new = new[: new.index(2) + 1]
         assert response_ids(tok, text, how == "stop", 6) == new
+
+
+@pytest.mark.parametrize("ends", [None, 22, [22, 21]])
+def test_sampling_stops_where_the_template_ends_a_turn(ends):
+    """... whatever the tokenizer and the checkpoint (ends) say; their end tokens stop it too."""
+    lm, tok = tiny_lm(6), toy.tokenizer()
+    tok.chat_template = toy.CHAT_TEMPLATE.replace("eos_token", "'<eos>'")
+    lm.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
+    prompts = [[7 + i, 8, 9 + i] for i in range(8)]
+    tokens = [naive_greedy(lm, prompt, 12) for prompt in prompts]
+    said = Counter(token for new in tokens for token in set(new) if token >= FIRST_LETTER)
+    eos, _ = said.most_common(1)[0]
+    tok.eos_token = tok.convert_ids_to_tokens(eos)
+
+    stops = {2, eos, *(ends if isinstance(ends, list) else [ends])}
+    wanted = [naive_answer(tok, new, stops) for new in tokens]
+    assert sample(lm, tok, prompts, 0.0, 12, 1) == wanted
+    for removed in (2, eos):
+        assert wanted != [naive_answer(tok, new, stops - {removed}) for new in tokens]
+    assert response_ids(tok, "abc", True, 9) == [7, 8, 9, 2]
+
+
+def forced(ids: list[int]):
+    """A tiny model that samples these ids, whatever it is asked."""
+    lm = tiny_lm(1)
+
+    def generate(input_ids, **how):
+        return torch.cat([input_ids, torch.tensor([ids] * len(input_ids))], 1)
+
+    lm.generate = generate
+    return lm
+
+
+def test_an_answer_is_trained_as_the_tokens_that_were_sampled(tmp_path):
+    """Where its text has other tokens, the sampled ones stand beside it, from the file to the pair.
+
+    They are not taken for a text that was edited, nor by another tokenizer, and are not kept where
+    the text gives them anyway or does not spell them.
+    """
+    tok = bytes_bpe()
+    h, i, newline, two, end = tok.convert_tokens_to_ids(["h", "i", "Ċ", "ĊĊ", "</s>"])
+    (hi,) = tok("hi", add_special_tokens=False)["input_ids"]
+    for ids, text, kept in (
+        ([h, i, newline], "hi\n", [h, i, newline]),
+        ([hi, newline, newline], "hi\n\n", [hi, newline, newline]),
+        ([hi, two], "hi\n\n", None),
+        ([h, tok.bos_token_id, i], "hi", None),
+        ([], "", None),
+    ):
+        (answer,) = common.draw(forced([*ids, end, i]), tok, [[1]], 1.0, 9, 0)
+        assert answer == (text, "stop", kept)
+        assert sample(forced([*ids, end, i]), tok, [[1]], 1.0, 9, 0) == [(text, "stop")]
+        row = common.answer_row({"id": "r", "prompt": USER}, 0, answer)
+        assert row["meta"].get("sampled_ids") == ([kept] if kept else None)
+
+    meta = {"sampled_ids": [[h, i, newline], [h, i]]}
+    row = {"id": "r", "prompt": USER, "chosen": "hi a", "rejected": "hi", "meta": meta}
+    [pair], _ = encode_pairs(tok, [row], LONG, LONG)
+    assert pair.rejected == [h, i, end]
+    assert pair.chosen == response_ids(tok, "hi a", True, LONG)
+    other = sentencepiece()
+    [pair], _ = encode_pairs(other, [row], LONG, LONG)
+    assert pair.rejected == response_ids(other, "hi", True, LONG)
+    assert response_ids(tok, "hi", True, 2, [[h, i]]) == [h, i]
+
+    row["chosen"] = "hi\n"
+    [pair], _ = encode_pairs(tok, [row], LONG, LONG)
+    assert (pair.chosen, pair.rejected) == ([h, i, newline, end], [h, i, end])
+    row["chosen"], row["meta"] = "hi", {"sampled_ids": [[h, i]]}
+    assert encode_pairs(tok, [row], LONG, LONG) == ([], {"identical sides": 1})
+
+
+def test_an_answer_cut_inside_a_character_loses_the_characters_beginning():
+    """Up to three bytes of a character are no text; an answer that ended keeps what it said."""
+    tok = bytes_bpe()
+    smile = tok("hi \U0001f642", add_special_tokens=False)["input_ids"]
+    assert len(smile) == 6
+    for ids in (smile[:3], smile[:4], smile[:5]):
+        assert common.draw(forced(ids), tok, [[1]], 1.0, 9, 0) == [("hi ", "length", None)]
+    (whole,) = common.draw(forced(smile), tok, [[1]], 1.0, 9, 0)
+    assert whole == ("hi \U0001f642", "length", None)
+    ended = [*smile[:4], tok.eos_token_id]
+    (answer,) = common.draw(forced(ended), tok, [[1]], 1.0, 9, 0)
+    assert answer == ("hi \ufffd", "stop", smile[:4])
+
+
+def test_of_an_answer_in_channels_the_final_part_is_taken():
+    """What precedes the template's header of an answer is a thought; without one nothing is left.
+
+    The header's special tokens would vanish from the text, and their names stay in it.
+    """
+    tok = chat_tokenizer("bytes", "gpt-oss: a channel before the answer")
+    assert tok.decode(prompt_ids(tok, USER)).endswith(
+        "<|start|>assistant<|channel|>final<|message|>"
+    )
+    thought = "<|channel|>analysis<|message|>hm<|start|>assistant"
+    for text, wanted in (
+        ("hi", "hi"),
+        (f"{thought}<|channel|>final<|message|>hi", "hi"),
+        (f"hi{thought}<|channel|>final<|message|>a", "a"),
+        (thought, ""),
+    ):
+        ids = tok(text + "<|return|>", add_special_tokens=False)["input_ids"]
+        assert sample(forced(ids), tok, [[1]], 1.0, 9, 0) == [(wanted, "stop")]
+
+
+def test_most_answers_cut_is_worth_a_warning(tmp_path, capsys):
+    """More than half of a file's answers: a line on stderr says how many, at which limit."""
+    rows = [{"meta": {"finish": finish}} for finish in ("length", "stop", "length", "length")]
+    common.warn_of_cut(tmp_path / "answers.jsonl", rows[:2], 7)
+    assert capsys.readouterr().err == ""
+    common.warn_of_cut(tmp_path / "answers.jsonl", rows, 7)
+    line = capsys.readouterr().err
+    assert "answers.jsonl: 3 of 4 answers were cut at 7 tokens" in line
 
 
 # ---------------------------------------------------------------- an outside opinion

@@ -603,7 +603,7 @@ def test_a_row_has_the_better_answer_on_top_or_says_why_it_is_left_out(
     row = {"id": "r", "prompt": [{"role": "user", "content": "ba"}]}
     answers = {
         "annotated": Answer("ab", True, annotated),
-        "generated": Answer("ba", False, generated),
+        "generated": Answer("ba", False, generated, [[8, 7]]),
     }
     at = dnpo.Iteration(2, dsl, npo=False, folder=Path("iter2"))
     made = dnpo.preference_row(dnpo.Config(ties=ties), at, row, **answers)
@@ -623,6 +623,7 @@ def test_a_row_has_the_better_answer_on_top_or_says_why_it_is_left_out(
             "score_generated": generated,
             "chosen_ended": answers[chosen].ended,
             "rejected_ended": answers[rejected].ended,
+            "sampled_ids": [[8, 7]],
         },
     }
 
@@ -870,6 +871,9 @@ def test_an_answer_that_was_cut_is_measured_without_an_end(monkeypatch, world, t
         row = {"id": finish, "prompt": prompt, "chosen": "abcd", "rejected": "ab", "meta": meta}
         pairs.append(row)
         new.append({"response": "abc", "meta": {"finish": finish}})
+    ids = tok.convert_tokens_to_ids(["a", "<unk>"])  # sampled as no text can say
+    new.append({"response": "a<unk>", "meta": {"finish": "length", "sampled_ids": [ids]}})
+    pairs.append({**pairs[0], "id": "sampled"})
 
     def drawn(*args, **more):
         return new
@@ -879,7 +883,11 @@ def test_an_answer_that_was_cut_is_measured_without_an_end(monkeypatch, world, t
     dnpo.measure_logps(dnpo.Config(), at, model, pairs, sampling=None)
 
     lm = model.load()
-    whole, cut = lines(tmp_path / "logps.jsonl")
+    whole, cut, unknown = lines(tmp_path / "logps.jsonl")
+    start = common.prompt_ids(tok, prompt)
+    with torch.no_grad():
+        alone = common.Scorer(lm)(*common.collate([(start, ids)], "cpu")).item()
+    assert unknown["new"] == pytest.approx(alone, abs=1e-3)
     for row, ended in ((whole, True), (cut, False)):
         chosen = naive_logp(lm, tok, prompt, "abcd", True)
         assert row["positive"] == pytest.approx(chosen, abs=1e-3)

@@ -884,6 +884,29 @@ def test_a_verdict_on_a_pair_that_is_not_there_ends_the_run(tmp_path, capsys):
     assert "'1.1/r/9/0'" in one_line(stop, capsys)
 
 
+def test_the_ids_that_answers_were_sampled_as_go_with_their_pairs(tmp_path, monkeypatch):
+    """From the file of answers to the pair, and through a swap; without any there is no entry."""
+    drawn = []
+    for i, meta in enumerate([{"sampled_ids": [[8, 7]]}, {}] * 4):
+        drawn.append({"response": f"x{i}", "meta": {"finish": "stop", **meta}})
+
+    def generate(*args, **more):
+        return drawn
+
+    monkeypatch.setattr(common, "generate", generate)
+    at = slice_of(4, tmp_path)
+    answers = tso.draw_answers(Config(), at, "older0", None, 2, None)
+    assert answers[3] == [Answer("x6", True, None, [[8, 7]]), Answer("x7", True)]
+
+    human = [[Answer("y", True)]] * 4
+    made, _ = make_pairs(Config(), at, Candidates({"human": human}, {"older": answers}))
+    for pair in made:
+        wanted = [[8, 7]] if pair["rejected"][1] in "0246" else None
+        assert pair["meta"].get("sampled_ids") == wanted
+        assert tso.swapped(pair)["meta"].get("sampled_ids") == wanted
+    assert len(made) == 8
+
+
 def test_a_slice_that_gives_no_pair_ends_the_run(tmp_path, capsys):
     """Exit code 2 with the cells that were asked for: all texts are the same."""
 
