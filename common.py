@@ -16,7 +16,6 @@ join.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -56,10 +55,10 @@ def load_tokenizer(path: str):
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         job.die(f"{path}: not a model (no config.json)")
     try:
-        config = AutoConfig.from_pretrained(path)
-        tok = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as fault:
-        reason = str(fault).splitlines()[0]
+        reason = job.first_line(fault)
         job.die(f"{path}: neither a model folder nor a Hub model that can be loaded ({reason})")
 
     if tok.chat_template is None:
@@ -92,13 +91,14 @@ def prompt_ids(tok, prompt: list[dict]) -> list[int]:
 
     Training, sampling and judging all use this function.
     """
-    from jinja2 import TemplateError
-
+    roles = [message["role"] for message in prompt]
     try:
-        return tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    except TemplateError as fault:
-        roles = [message["role"] for message in prompt]
-        job.die(f"the chat template refuses a prompt of {roles}: {fault}")
+        ids = tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    except Exception as fault:  # a template is a program: it can fail with anything
+        job.die(f"the chat template refuses a prompt of {roles}: {job.first_line(fault)}")
+    if not ids:
+        job.die(f"the chat template makes nothing of a prompt of {roles}")
+    return ids
 
 
 def response_ids(tok, text: str, ended: bool, limit: int) -> list[int]:
@@ -287,6 +287,7 @@ def preference_metrics(
         "rewards/rejected": rejected_reward,
         "rewards/margins": chosen_reward - rejected_reward,
         "rewards/accuracies": (chosen_reward > rejected_reward).float(),
+        "rewards/size": chosen_reward.abs(),  # TrainingRun looks at it before the first step
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps[:, 1],
     }
@@ -341,13 +342,30 @@ class Answer(NamedTuple):
     score: float | None = None  # a judge's
 
 
+def weights_stamp(path: str) -> list | str | None:
+    """What tells a model from another one, wherever it lies: its weights' files, their sizes and
+    times, or the Hub's commit.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        _, config = load_tokenizer(path)
+        return getattr(config, "_commit_hash", None)
+    stamps = []
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        stat = file.stat()
+        stamps.append((file.name, stat.st_size, stat.st_mtime_ns))
+    return stamps
+
+
 def lm_shapes(path: str):
     """A causal language model in float32 without its weights, on "meta"."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        ).eval()
 
 
 def load_lm(path: str, dtype: torch.dtype, device):
@@ -358,7 +376,10 @@ def load_lm(path: str, dtype: torch.dtype, device):
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+    except Exception as fault:  # what a damaged file makes of safetensors, torch and transformers
+        job.damaged(path, fault, "if a run has made it, delete this folder and --resume the run")
     ends = lm.generation_config.eos_token_id
     lm.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
     return lm.to(device).eval()
@@ -390,6 +411,11 @@ def sample(
     if allowed:
         how["prefix_allowed_tokens_fn"] = lambda sequence, ids: allowed
 
+    def refuse_nan(sequences, logits):
+        if logits.isnan().any():
+            sys.exit(f"error: {lm.name_or_path}: its logits are not numbers: a broken model")
+        return logits
+
     ends = end_tokens(lm, tok)
     torch.manual_seed(seed)
     sequences = lm.generate(
@@ -397,6 +423,7 @@ def sample(
         attention_mask=torch.tensor(attended, device=lm.device),
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
+        logits_processor=[refuse_nan],
         **how,
     )
     return [read_answer(tok, new, ends) for new in sequences[:, width:].tolist()]
@@ -450,27 +477,34 @@ def generate(
         return [answer_row(rows[i], j, answer) for (i, j), answer in zip(items, answers)]
 
     settings = [
-        model.path,
+        weights_stamp(model.path),
         sampling.temperature,
         sampling.max_new_tokens,
         str(model.dtype),
         seed,
-        [row["id"] for row in rows],
+        prompts,
     ]
+    items = every_sample(len(rows), n)
     return job.phase(
         out,
-        every_sample(len(rows), n),
+        items,
         work,
         sampling.batch,
         settings,
         key=lambda item: len(prompts[item[0]]),
         note=note,
+        ids=[rows[i]["id"] for i, _ in items],
     )
 
 
 def every_sample(rows: int, n: int) -> list[tuple[int, int]]:
     """(row, sample) for n samples of each row, in the rows' order."""
     return [(i // n, i % n) for i in range(rows * n)]
+
+
+def texts(rows: list[dict]) -> list[tuple[list[dict], str]]:
+    """What a judge reads of rows: prompt and response."""
+    return [(row["prompt"], row["response"]) for row in rows]
 
 
 def answer_row(row: dict, number: int, answer: tuple[str, str]) -> dict:
@@ -521,8 +555,9 @@ def held_out(
         list(range(len(rows))),
         work,
         sampling.batch,
-        settings=[judge and judge.spec, model.path],
+        settings=[judge and judge.spec, texts(drawn), texts(rows)],
         note=f"{note}judge",
+        ids=[row["id"] for row in rows],
     )
     cut = [row["meta"]["finish"] == "length" for row in tested]
     return {**judged_shares(tested, judge), "cut": sum(cut) / len(cut)}
@@ -617,6 +652,35 @@ def as_text(prompt: list[dict]) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
+def quoted_ids(tok, messages: list[dict], add_generation_prompt: bool) -> list[int]:
+    """Ids of the chat template's rendering, in which the messages can't speak for the template.
+
+    The name of a special token in a message stays text: before the rendering it is exchanged for
+    a private character, and behind it for the ids of its letters.
+    """
+    names = [str(token) for token in tok.added_tokens_decoder.values() if token.special]
+    private = {name: chr(0xF0000 + i) for i, name in enumerate(names) if name}
+    longest_first = sorted(private, key=len, reverse=True)
+    quoted = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    marked = []
+    for message in messages:
+        content = quoted.sub(lambda name: private[name[0]], message["content"])
+        marked.append({**message, "content": content})
+    text = tok.apply_chat_template(
+        marked, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+
+    named = {character: name for name, character in private.items()}
+    ids = []
+    for piece in re.split("([\U000f0000-\U000fffff])", text):
+        if piece in named:
+            ids += text_ids(tok, named[piece])
+        elif piece:
+            ids += tok(piece, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 class Judge:
     """Scores and compares answers; what could be read of its own answers is kept in a cache.
 
@@ -644,17 +708,14 @@ class Judge:
 
     def read_cache(self, file: Path):
         """Adds the values of a file of the cache."""
-        for line in file.read_text(errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a torn line
-                self.known.update(json.loads(line))
+        for values in job.whole_lines(file):
+            self.known.update(values)
 
     def remember(self, values: dict):
         """Adds values to the cache."""
         self.known.update(values)
         if values and self.file:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.file, "a") as file:
-                file.write("\n" + json.dumps(values) + "\n")
+            job.append(self.file, "\n" + json.dumps(values) + "\n")
 
     def ask(self, kind: str, items: list[tuple], again: bool) -> list:
         raise TypeError("a judge must say how it answers")
@@ -761,7 +822,9 @@ class RewardJudge(NumberJudge):
     def load(self):
         from transformers import AutoModelForSequenceClassification
 
-        model = AutoModelForSequenceClassification.from_pretrained(self.path, dtype=self.dtype)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            self.path, dtype=self.dtype, trust_remote_code=False
+        )
         return model.to(self.device).eval()
 
     @torch.no_grad()
@@ -769,7 +832,7 @@ class RewardJudge(NumberJudge):
         if self.model is None:
             self.model = self.load()
         talk = [*prompt, {"role": "assistant", "content": text}]
-        ids = self.tok.apply_chat_template(talk, return_dict=False, return_tensors="pt")
+        ids = torch.tensor([quoted_ids(self.tok, talk, add_generation_prompt=False)])
         return self.model(input_ids=ids.to(self.device)).logits.float().item()
 
     def free(self):
@@ -831,7 +894,8 @@ class LocalJudge(TextJudge):
         allowed = self.allowed_tokens(opening)
         ids = []
         for question in questions:
-            prompt = prompt_ids(self.tok, [{"role": "user", "content": question}])
+            talk = [{"role": "user", "content": question}]
+            prompt = quoted_ids(self.tok, talk, add_generation_prompt=True)
             ids.append(prompt + self.encode(opening))
 
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

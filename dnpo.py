@@ -313,9 +313,10 @@ class Config:
     def __post_init__(self):
         job.check_positive(self, "beta", "lr", "noise_lr", "batch", "micro_batch", "sample_batch")
         job.check_positive(self, "save_every", "max_prompt", "max_response", "test_prompts")
-        job.check_positive(self, "epochs", "clip")
+        job.check_positive(self, "clip")
         job.check_not_negative(self, "iterations", "warmup_iterations", "noise_init")
-        job.check_not_negative(self, "noise_penalty", "temperature", "warmup")
+        job.check_not_negative(self, "noise_penalty", "temperature")
+        job.check_run(self)
         job.check_positive(self, "limit", "max_steps")
         job.check_offload(self)
         if self.judge == "none" and self.labels == "judge":
@@ -373,7 +374,7 @@ def main():
     if c.dry_run:
         return
     out = job.open_run(c, [c.data, c.test], MAY_CHANGE)
-    started = time.time()
+    started = time.monotonic()
     sampling = Sampling(c.temperature, c.max_response, c.sample_batch)
 
     start, *iterations = all_iterations(c, out)
@@ -451,8 +452,9 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
         list(range(len(rows))),
         work,
         c.sample_batch,
-        settings=[at.number, c.ties, at.dsl, c.judge, [row["response"] for row in answers]],
+        settings=[at.number, c.ties, at.dsl, c.judge, common.texts(rows), common.texts(answers)],
         note=f"{at.name}: label",
+        ids=[row["id"] for row in rows],
     )
     if judge:
         judge.free()
@@ -542,7 +544,7 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
     if c.offload_reference:
         reference.lm.model.layers.cpu()  # now that TrainingRun has loaded all of it
 
-    for step in run:  # goes on after a kill; ends on SIGTERM, and in reduce() on NaN
+    for step in run:  # goes on after a kill; ends on SIGTERM, and in write() on NaN
         factor = lr_factor(step, len(steps), c.warmup)
         for update in updates:
             # the update is part of the seed: each draws new noise; the last one's sums are logged
@@ -551,10 +553,12 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
             if update in ("model", "joint"):
                 norm = take_step(optimizer, factor * c.lr, c.clip)
             if update in ("noise", "joint"):
-                take_step(noise_optimizer, factor * c.noise_lr, c.clip)
+                noise_norm = take_step(noise_optimizer, factor * c.noise_lr, c.clip)
 
         metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])
         metrics = noise_metrics(metrics, at.npo)
+        if at.npo:
+            metrics["noise/grad_norm"] = noise_norm
         run.write(step, metrics, lr=factor * c.lr, grad_norm=norm)
     job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path)
 
@@ -710,8 +714,9 @@ def measure_logps(
         list(range(len(pairs))),
         work,
         c.sample_batch,
-        settings=model.path,
+        settings=[common.weights_stamp(model.path), pairs, common.texts(new)],
         note=f"{at.name}: log-probs",
+        ids=[row["id"] for row in pairs],
     )
     means = {}
     for name in ("positive", "negative", "new"):
@@ -885,16 +890,20 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
-    """Clips, steps and clears the gradients; returns their norm before clipping."""
+    """Clips, steps and clears the gradients; returns their norm before clipping.
+
+    With a norm that is not finite there is no step, and TrainingRun.write() ends the run.
+    """
     params = []
     for group in optimizer.param_groups:
         group["lr"] = lr
         params += group["params"]
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    if norm.isfinite():
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
 
@@ -931,7 +940,7 @@ def setup(c) -> torch.device:
     if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
         if job.on_rank_0():
             toy.make(Path("runs/toy"))
-        job.barrier()
+        job.stop_if_asked()
     return device
 
 

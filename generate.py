@@ -97,9 +97,11 @@ def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[di
         c.endpoint,
         c.temperature,
         c.max_new_tokens,
-        [row["id"] for row in rows],
+        [row["prompt"] for row in rows],
     ]
-    return job.phase(out, every_sample(len(rows), c.n), work, API_CONCURRENCY, settings)
+    items = every_sample(len(rows), c.n)
+    ids = [rows[i]["id"] for i, _ in items]
+    return job.phase(out, items, work, API_CONCURRENCY, settings, ids=ids)
 
 
 def leave_out_long(rows: list[dict], dropped: Counter, tok, config, c: Config) -> list[dict]:
@@ -136,8 +138,10 @@ def setup() -> torch.device:
 def main():
     c = job.parse(Config)
     out = Path(c.out)
-    if out.exists():
-        job.die(f"{out} is there already: delete it, or choose another --out")
+    job.check_out(out.parent)
+    if os.path.lexists(out):
+        job.die(f"{out} is there already: choose another --out")
+    job.stop_on_sigterm()
 
     # 1. the prompts
     rows, dropped = datafiles.load_rows(c.data, "prompt", c.limit)
@@ -154,6 +158,7 @@ def main():
         print(f"{c.data}: {len(rows)} prompts x {c.n}{left_out}; {where}")
 
     # 3. the answers
+    job.hold(out.with_name(f"{out.name}.part"), out)  # it goes with the other parts
     if client:
         answers = generate_remotely(out, rows, client, c)
     else:

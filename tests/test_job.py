@@ -86,6 +86,7 @@ def sums_of(loss: float, reward: float) -> dict[str, torch.Tensor]:
     values = {
         "loss": loss,
         "rewards/chosen": reward,
+        "rewards/size": abs(reward),
         "rewards/margins": -0.25,
         "rewards/accuracies": 0.75,
     }
@@ -140,8 +141,8 @@ def test_lines_after_the_saved_step_are_dropped_on_resume(tmp_path):
     assert Training(tmp_path).steps_on_file() == [1, 2]
 
 
-def test_lines_of_other_iterations_are_dropped_only_if_they_are_later(tmp_path):
-    """With {"iteration": 2}: those of iteration 1 stay, whatever their step; those of 3 go."""
+def test_lines_of_other_iterations_stay(tmp_path):
+    """With {"iteration": 2}: those of 1 and of 3 stay, whatever their step."""
     file = tmp_path / "metrics.jsonl"
     killed(tmp_path, dies_in=2, tags={"iteration": 2})
     found = [{"iteration": 1, "step": step} for step in (1, 2, 3, 4)]
@@ -151,7 +152,7 @@ def test_lines_of_other_iterations_are_dropped_only_if_they_are_later(tmp_path):
 
     Training(tmp_path, tags={"iteration": 2})
     kept = [(line["iteration"], line["step"]) for line in lines(file)]
-    assert kept == [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2)]
+    assert kept == [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1)]
 
 
 def test_a_run_without_a_saved_state_keeps_the_lines_of_the_iterations_before(tmp_path):
@@ -229,7 +230,9 @@ def test_sigterm_lets_the_step_end_saves_and_exits_with_0(sigterm, tmp_path, cap
     with pytest.raises(SystemExit) as stop:
         training.go(stops_in=1)
     assert stop.value.code == 0
-    assert capsys.readouterr().err == "SIGTERM: what is done is saved; go on with --resume\n"
+    assert capsys.readouterr().err == (
+        "SIGTERM: what is done is saved; start again, a run with --resume\n"
+    )
     assert training.made == [0, 1]
     assert training.steps_on_file() == [1, 2]
     assert saved_step(tmp_path) == 2
@@ -240,12 +243,11 @@ def test_sigterm_lets_the_step_end_saves_and_exits_with_0(sigterm, tmp_path, cap
     assert again.made == [2, 3, 4, 5]
 
 
-def test_sigterm_in_the_last_step_ends_the_program_too(sigterm, tmp_path):
-    """The step's line is there, and nothing is saved: --resume makes the last steps again."""
+def test_sigterm_in_the_last_step_lets_the_checkpoint_be_written(sigterm, tmp_path):
+    """The loop ends as if nothing had come, and what follows it is the checkpoint."""
     training = Training(tmp_path, save_every=4)
-    with pytest.raises(SystemExit) as stop:
-        training.go(stops_in=5)
-    assert stop.value.code == 0
+    training.go(stops_in=5)
+    assert job.STOP.is_set()
     assert training.steps_on_file() == [1, 2, 3, 4, 5, 6]
     assert saved_step(tmp_path) == 4
 
@@ -319,7 +321,8 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, loss, name, place, wher
     with pytest.raises(SystemExit) as stop:
         training.go(loss=loss)
     assert stop.value.code == (
-        f"error: the loss is {name} at {where}, rows ['x', 'y']: lower --lr, or look at these rows"
+        f"error: the loss is {name} at {where}, rows ['x', 'y']: "
+        "lower the learning rate, or look at these rows"
     )
     assert training.steps_on_file() == []
 
@@ -333,7 +336,7 @@ def test_a_policy_that_is_not_its_reference_is_warned_of_before_the_first_step(
     training.go(reward=reward)
     assert capsys.readouterr().err == (
         "warning: before the first step the policy differs from its reference "
-        f"by a reward of {reward:+.4f}; it should be 0\n"
+        f"by a reward of {reward:+.4f}, in absolute value {abs(reward):.4f}; both should be 0\n"
     )
     assert len(training.made) == 6
 
@@ -350,12 +353,12 @@ def test_rounding_is_not_warned_of_and_later_rewards_are_what_training_is_for(tm
 
 
 class Clock:
-    """A time.time() that stands still between two steps."""
+    """A time.monotonic() that stands still between two steps."""
 
     def __init__(self):
         self.now = 100.0
 
-    def time(self) -> float:
+    def monotonic(self) -> float:
         return self.now
 
 
@@ -454,8 +457,8 @@ def test_a_failed_write_leaves_the_old_file_and_one_line(tmp_path):
         temporary.write_text("half")
         raise OSError("disk full\nand more")
     assert stop.value.code == (
-        f"error: {path} could not be written (disk full); the last state is intact: "
-        "make room, then go on with --resume"
+        f"error: {path} could not be written (disk full); the last one is intact: "
+        "mend that, then start again, a run with --resume"
     )
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
