@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -378,7 +379,7 @@ def load_lm(path: str, dtype: torch.dtype, device):
 
     try:
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
-    except Exception as fault:  # what a damaged file makes of safetensors, torch and transformers
+    except (OSError, ValueError, RuntimeError, SafetensorError) as fault:
         job.damaged(path, fault, "if a run has made it, delete this folder and --resume the run")
     ends = lm.generation_config.eos_token_id
     lm.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)

@@ -568,11 +568,9 @@ def parse(cls, presets: dict[str, dict] | None = None, argv: list[str] | None = 
             values["test"] = None  # the preset's held-out data go with its training data
         given = values | given
     try:
-        config = cls(**given)
-        check_inputs(config)
+        return cls(**given)
     except ValueError as fault:
         die(str(fault))
-    return config
 
 
 def add_flags(parser: argparse.ArgumentParser, cls, toy: dict):
@@ -664,13 +662,13 @@ def check_not_negative(config, *names: str):
             raise ValueError(f"--{name} must not be negative, not {value}")
 
 
-def check_inputs(config):
-    """ValueError for a file of data that isn't there; the toy world's is made later."""
-    for name in ("data", "test", "pairs", "questions", "verdicts"):
+def check_files(config):
+    """Ends the program for a file of data that isn't there; the toy world's are made later."""
+    for name in ("data", "test", "verdicts"):
         value = getattr(config, name, None) or ""
-        named = value.endswith((".jsonl", ".json", ".parquet"))
-        if named and not value.startswith("runs/toy/") and not Path(value).is_file():
-            raise ValueError(f"--{name} {value}: no such file")
+        is_file_name = value.endswith((".jsonl", ".json", ".parquet"))
+        if is_file_name and not value.startswith("runs/toy/") and not Path(value).is_file():
+            die(f"{value}: no such file")
 
 
 def check_run(config):
@@ -774,7 +772,7 @@ def check_same_data(out: Path, config, data: list[str | None], may_change: tuple
     before = read_json(out / "run.json", f"delete {out}").get("data", {})
     free = [getattr(config, flag, None) for flag in may_change]  # a person's verdicts grow
     for name, digest in file_hashes(data).items():
-        if name not in free and before.get(name) != digest:
+        if name not in free and before.get(name, digest) != digest:
             die(
                 f"{name} is not what it was when {out} was begun: "
                 "resume with the old data, or choose another --out"

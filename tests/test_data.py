@@ -6,6 +6,7 @@ Bad input ends in one line, exit code 2, before any model is loaded.
 import dataclasses
 import json
 import re
+import shutil
 import socket
 import sys
 from typing import NamedTuple
@@ -597,8 +598,8 @@ def test_a_wrong_flag_is_named(flags, words, refused, bare, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--model=", ["--model", "missing"]),
-        ("--out=", ["--out", "missing"]),
+        ("--model=", ["--model", "empty"]),
+        ("--out=", ["--out", "empty"]),
         ("--n 0", ["--n", "above 0"]),
         ("--temperature -1", ["--temperature"]),
         ("--max_new 3", ["--max_new"]),
@@ -881,8 +882,9 @@ def test_prompts_longer_than_the_limit_are_counted_and_none_left_is_an_error(
 ):
     """With room for 8 tokens two prompts stay, in both splits; with room for 6 the run ends."""
     data = four_words(tmp_path)
+    test = shutil.copy(data, tmp_path / "test.jsonl")
     out = tmp_path / "out"
-    flags = dnpo_flags(bare, data=data, test=data, out=out, max_prompt=8)
+    flags = dnpo_flags(bare, data=data, test=test, out=out, max_prompt=8)
     shown = printed(dnpo, *flags, "--dry_run")
     has(shown, "2 training, 2 held-out", "4 left out: prompts longer than --max_prompt")
     has(refused(dnpo, *flags, "--max_prompt", 6), data, "0 training", "6 tokens")
@@ -968,6 +970,7 @@ def test_a_run_is_resumed_only_with_its_own_config(
     out.mkdir()
     config = job.parse(dnpo.Config, PRESETS, [str(flag) for flag in begun])
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    (out / "run.json").write_text(json.dumps({"made_by": "dnpo.py"}))
     before = contents(out)
 
     line = refused(dnpo, *begun, "--beta", 0.25, "--resume")
@@ -1006,7 +1009,7 @@ def test_an_endpoint_that_does_not_answer_is_named(refused, bare, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "spec", ["gpt-4o", "toy:1", "none:", "rm:", "hf:", "api:", "openai:gpt-4o", ""]
+    "spec", ["gpt-4o", "toy:1", "none:", "rm:", "hf:", "api:", "openai:gpt-4o"]
 )
 def test_a_judge_that_is_none_is_refused(spec, refused, bare, tmp_path):
     """--judge is toy, hf:PATH, rm:PATH, api:MODEL or none: the answer to others is this list."""

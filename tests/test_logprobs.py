@@ -400,6 +400,7 @@ def test_the_metrics_of_a_pair_are_named_as_in_trl():
         "rewards/rejected": [0.5, 2, 4],
         "rewards/margins": [0.5, 0, -1],
         "rewards/accuracies": [1, 0, 0],  # a tie is not right
+        "rewards/size": [1, 2, 3],
         "logps/chosen": [-1, -3, -5],
         "logps/rejected": [-2, -4, -6],
     }
