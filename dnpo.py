@@ -714,7 +714,7 @@ def measure_logps(
         list(range(len(pairs))),
         work,
         c.sample_batch,
-        settings=[common.weights_stamp(model.path), pairs, common.texts(new)],
+        settings=[common.weights_stamp(model.path), pairs, [row["response"] for row in new]],
         note=f"{at.name}: log-probs",
         ids=[row["id"] for row in pairs],
     )
@@ -728,7 +728,7 @@ def training_summary(
     out: Path, at: Iteration, pairs: list[dict], encoded: list[Pair], left_out: Counter
 ) -> dict:
     """What results.json says of an iteration's labels and of its training."""
-    steps = [m for m in job.read_jsonl(out / "metrics.jsonl") if m["iteration"] == at.number]
+    steps = job.metrics_of(out / "metrics.jsonl", at.number)
     return {
         "swapped": sum(row["meta"]["swapped"] for row in pairs) / len(pairs),
         "pairs": len(encoded),

@@ -291,7 +291,7 @@ def writing(path: Path):
         reason, advice = first_line(fault), "mend that"
         if is_full(path, fault):
             reason, advice = f"the disk is full: {reason}", "make room"
-        intact = "; the last one is intact" if path.exists() else ""
+        intact = "; the last one is intact" if os.path.exists(path) else ""
         sys.exit(
             f"error: {path} could not be written ({reason}){intact}: "
             f"{advice}, then start again, a run with --resume"
@@ -321,7 +321,7 @@ def read_json(path: Path, advice: str) -> dict:
     """Reads a file of ours that holds one JSON object."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as fault:
+    except (ValueError, RecursionError) as fault:
         damaged(path, fault, advice)
     if not isinstance(value, dict):
         damaged(path, f"expected an object, found {type(value).__name__}", advice)
@@ -334,11 +334,7 @@ def read_jsonl(path: Path, kind: type = dict, advice: str = MADE_AGAIN) -> list:
     Only "\n" ends a line: str.splitlines would cut texts at U+2028 and its like.
     """
     rows = []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as fault:
-        damaged(path, fault, advice)
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line:
             continue
         try:
@@ -709,6 +705,9 @@ def check_offload(config):
 # ------------------------------------------------------------------------- the run's folder
 
 
+FIRST_FILES = ("lock", "run.json.tmp")  # a kill may leave these and no run
+
+
 def open_run(config, data: list[str | None], may_change: tuple[str, ...]) -> Path:
     """Makes or enters the run's folder, and writes config.json and run.json into it.
 
@@ -719,14 +718,15 @@ def open_run(config, data: list[str | None], may_change: tuple[str, ...]) -> Pat
     """
     out = Path(config.out)
     check_out(out)
-    used = out.exists() and any(file.name != "lock" for file in out.iterdir())
+    used = out.exists() and any(file.name not in FIRST_FILES for file in out.iterdir())
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     resume = config.resume or (used and restarted)  # --max-restarts: the same command once more
 
     if used and resume:
         if not is_run(out):
             die(f"{out}: no run.json of ours, so no run to resume")
-        check_same_flags(out, config, may_change)
+        if (out / "config.json").exists():  # else a kill came before it
+            check_same_flags(out, config, may_change)
         check_same_data(out, config, data, may_change)
     elif used and not config.overwrite:
         die(f"{out} is not empty: --resume to go on, --overwrite to begin again, or another --out")
@@ -741,9 +741,9 @@ def open_run(config, data: list[str | None], may_change: tuple[str, ...]) -> Pat
         if used and not resume:
             clear(out)
         mend(out / "metrics.jsonl")
+        write_atomic(out / "run.json", json.dumps(provenance(data), indent=1))
         flags = dataclasses.asdict(config)
         write_atomic(out / "config.json", json.dumps(flags, indent=1))
-        write_atomic(out / "run.json", json.dumps(provenance(data), indent=1))
     barrier()
     return out
 
@@ -940,6 +940,18 @@ def truncate_metrics(path: Path, keep: Callable[[dict], bool]):
     mend(path)
     lines = read_jsonl(path, advice="delete this line") if path.exists() else []
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines if keep(line)))
+
+
+def metrics_of(path: Path, iteration: int) -> list[dict]:
+    """The lines of metrics.jsonl that the training of this number has left."""
+    lines = read_jsonl(path, advice="delete this line") if path.exists() else []
+    found = [line for line in lines if line.get("iteration") == iteration]
+    if not found:
+        die(
+            f"{path}: no line of training {iteration}: "
+            "delete the checkpoint that it has left, and it is made again"
+        )
+    return found
 
 
 # ------------------------------------------------------------------------- TrainingRun

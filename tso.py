@@ -982,7 +982,7 @@ def training_summary(
         counts[fate[meta["verdict"]]] += 1
         counts["unreadable"] += meta["unreadable"]
 
-    steps = [line for line in job.read_jsonl(out / "metrics.jsonl") if line["slice"] == at.name]
+    steps = job.metrics_of(out / "metrics.jsonl", at.number)
     end = steps[-math.ceil(len(steps) / 4) :]
     return {
         "round": at.round,

@@ -1115,7 +1115,7 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch, capsys):
         ("question 1 needs up to", [*alpaca_eval, "--questions", tmp_path / "long.json"]),
         ("no finished run", ["--figures", tmp_path / "half"]),
         ("not a run of", ["--figures", tmp_path / "odd"]),
-        ("is a file", [*pairs, "--out", world / "pairs.jsonl"]),
+        ("is no folder", [*pairs, "--out", world / "pairs.jsonl"]),
     ]
     for cause, flags in cases:
         if "--out" not in flags:

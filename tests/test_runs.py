@@ -218,7 +218,7 @@ def test_an_offloaded_reference_leaves_the_device(
         policies[part] = options.get("offload_policy")
         return fully_shard(part, **options)
 
-    def note_load(path, parts):
+    def note_load(path, parts, training):
         happened.append("loaded")
         return {"step": 0}
 
@@ -347,8 +347,8 @@ KILLS = [
     ("before", "results.json"),
     ("before", "samples.md"),
 ]
-CHANGING = {"results.json", "metrics.jsonl", "run.json", "config.json"}
-# these hold clocks or the folder's name
+CHANGING = {"results.json", "metrics.jsonl", "run.json", "config.json", "lock"}
+# these hold clocks, processes or the folder's name
 
 
 def files_of(folder: Path) -> dict[str, Path]:

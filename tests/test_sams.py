@@ -893,10 +893,11 @@ def test_the_selected_are_trained_on_and_no_others(plain):
     assert abs(line["selected/margin"] - line["unselected/margin"]) > 1e-3  # it could be seen
 
 
-def test_a_row_that_is_left_out_takes_its_mark_along(world):
+def test_a_row_that_is_left_out_takes_its_mark_along(world, tmp_path):
     """Which pairs are flipped stays true when prompts that are too long are left out."""
     pairs_file = str(world / "pairs.jsonl")
-    more = {"max_prompt": 10, "max_response": 16, "flip": 0.4, "limit": 60, "test": pairs_file}
+    test = shutil.copy(pairs_file, tmp_path)
+    more = {"max_prompt": 10, "max_response": 16, "flip": 0.4, "limit": 60, "test": test}
     c = Config(model=str(world / "sft"), data=pairs_file, dtype="float32", **more)
     _, pairs, flipped, _ = sams.prepare(c, CPU)
 
@@ -1034,16 +1035,18 @@ def test_new_weights_under_an_old_name_are_scored_again(seven, world, tmp_path):
     assert torch.equal(early, sams.reference_logps(c, original, pairs))
 
 
-def test_a_killed_scoring_keeps_its_whole_lines_and_makes_the_torn_one_again(seven, tmp_path):
+def test_a_killed_scoring_keeps_its_whole_batches_and_makes_the_torn_one_again(seven, tmp_path):
     """What a killed start has written is neither made again nor trusted where it is torn."""
     c, model, pairs = seven
     whole = sams.logps_in_file(c, tmp_path / "whole.jsonl", model, pairs, "whole")
 
     part = tmp_path / f"killed.jsonl.{job.seed_of(c.out):016x}.part"
-    part.write_text("[1.0, 2.0]\n" * 6 + "[3.0, 4")
+    second = {"batch": [3, 6], "logps": [[1.0, 2.0]] * 3}
+    torn = {"batch": [0, 3], "logps": [[3.0, 4.0]] * 3}
+    part.write_text(json.dumps(second) + "\n" + json.dumps(torn)[:-9])
     found = sams.logps_in_file(c, tmp_path / "killed.jsonl", model, pairs, "killed")
-    assert found[:6].tolist() == [[1.0, 2.0]] * 6
-    assert torch.equal(found[6], whole[6])
+    assert found[3:6].tolist() == [[1.0, 2.0]] * 3
+    assert torch.equal(found[[0, 1, 2, 6]], whole[[0, 1, 2, 6]])
     assert not part.exists()
 
 
@@ -1063,7 +1066,8 @@ def test_a_scoring_that_is_asked_to_stop_ends_after_a_batch_and_goes_on(
     assert end.value.code == 0
     assert not file.exists()
     (part,) = tmp_path.glob("stopped.jsonl.*.part")
-    assert len(lines(part)) == 3
+    (batch,) = job.whole_lines(part)
+    assert batch["batch"] == [0, 3]
     assert torch.equal(sams.logps_in_file(c, file, model, pairs, "stopped"), whole)
 
 
