@@ -291,7 +291,7 @@ def writing(path: Path):
         reason, advice = first_line(fault), "mend that"
         if is_full(path, fault):
             reason, advice = f"the disk is full: {reason}", "make room"
-        intact = "; the last one is intact" if os.path.exists(path) else ""
+        intact = "; what was there is intact" if os.path.exists(path) else ""
         sys.exit(
             f"error: {path} could not be written ({reason}){intact}: "
             f"{advice}, then start again, a run with --resume"

@@ -57,11 +57,13 @@ class Started:
     """A script's main() in a forked process, which needs no time to import anything."""
 
     def __init__(self, name: str, flags: list, cwd: Path):
-        cwd.mkdir(parents=True, exist_ok=True)
-        self.log = cwd / f"log-{time.monotonic_ns()}"
+        self.log = cwd.with_name(f"log-{time.monotonic_ns()}")
         self.pid = os.fork()
         if self.pid == 0:
-            self.live(name, [str(flag) for flag in flags], cwd)
+            try:
+                self.live(name, [str(flag) for flag in flags], cwd)
+            finally:
+                os._exit(1)
 
     def live(self, name: str, flags: list[str], cwd: Path):
         """The life of the child, as an interpreter would lead it."""
@@ -105,6 +107,7 @@ class Started:
             self.kill()
             return "hang", ""
         text = self.log.read_text(errors="replace")
+        self.log.unlink()
         said = text.strip().splitlines() or [""]
         errors = [line for line in said if line.startswith("error: ")]
         if code == 0:
@@ -265,7 +268,7 @@ def disk(campaign: Campaign, name: str, share: float) -> tuple[str, str]:
     peak = sum(file.stat().st_size for file in files)
     peak += 7_500_000 if name in ("dnpo", "tso", "sams") else 30_000
     cwd = campaign.fresh("disk")
-    size = max(4096, int(share * peak))
+    size = max(16384, int(share * peak))
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", cwd]
     if subprocess.run(mount, capture_output=True).returncode:
         return "skipped", "no mount"
@@ -417,7 +420,7 @@ def flags(campaign: Campaign):
 def refusal(campaign: Campaign, name: str, more: list) -> tuple[str, str]:
     cwd, before = campaign.fresh("flags"), fingerprint(campaign.world)
     ended, said = Started(name, [*campaign.programs[name], "--out", "out", *more], cwd).outcome()
-    left = [file.name for file in cwd.iterdir() if not file.name.startswith("log-")]
+    left = [file.name for file in cwd.iterdir()]
     if ended == "code 0":
         return "accepted", said
     if left or not campaign.world.exists() or fingerprint(campaign.world) != before:
