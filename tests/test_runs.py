@@ -5,6 +5,7 @@ And the numbers of the report, recomputed from the run's files.
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -400,6 +401,40 @@ def generate_flags(world: Path, out: Path, **more) -> list:
     for name, value in more.items():
         flags += [f"--{name}", value]
     return flags
+
+
+def test_a_phase_of_a_finished_run_is_made_again_and_nothing_else(
+    monkeypatch, plain, flags, tmp_path
+):
+    """Without iter1/checkpoint, --resume trains that iteration again; all that came later stays."""
+    out = tmp_path / "run"
+    shutil.copytree(plain, out)
+    shutil.rmtree(out / "iter1/checkpoint")
+    run(monkeypatch, dnpo, *flags(out), "--resume")
+
+    assert results(out) == results(plain)
+    order = [(line["iteration"], line["step"]) for line in metrics(out)]
+    assert order == [(2, 1), (2, 2), (2, 3), (1, 1), (1, 2), (1, 3)]
+    assert sorted(metrics(out), key=lambda line: line["iteration"]) == metrics(plain)
+    assert_close(weights(out / "iter1/checkpoint"), weights(plain / "iter1/checkpoint"), atol=0)
+
+
+def test_a_training_without_lines_of_metrics_is_named(monkeypatch, plain, flags, tmp_path, capsys):
+    """Someone has deleted metrics.jsonl: one line says how it is made again."""
+    out = tmp_path / "run"
+    shutil.copytree(plain, out)
+    (out / "metrics.jsonl").unlink()
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, dnpo, *flags(out), "--resume")
+    assert stop.value.code == 2
+    assert "metrics.jsonl: no line of training 1" in capsys.readouterr().err
+
+
+def test_the_gradient_of_the_noise_is_watched_too(plain):
+    """Its norm is a metric of iterations with noise: one that is no number ends the run."""
+    for line in metrics(plain):
+        assert ("noise/grad_norm" in line) == (line["iteration"] == 2)
+        assert line.get("noise/grad_norm", 1.0) > 0
 
 
 def test_a_killed_generate_goes_on_and_loses_and_repeats_no_row(world, tmp_path):

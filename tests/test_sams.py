@@ -1050,6 +1050,72 @@ def test_a_killed_scoring_keeps_its_whole_batches_and_makes_the_torn_one_again(s
     assert not part.exists()
 
 
+def test_two_runs_of_one_relative_name_share_no_unfinished_scoring(monkeypatch, seven, tmp_path):
+    """The default --out in two folders is two runs: each has a part file of its own."""
+    c, model, pairs = seven
+    c = dataclasses.replace(c, out="run")
+    appended = []
+    monkeypatch.setattr(job, "append", lambda path, text: appended.append(path))
+    monkeypatch.setattr(job, "write_atomic", lambda path, text: path.touch())
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        with pytest.raises(FileNotFoundError):  # its part was not written
+            sams.logps_in_file(c, tmp_path / f"{folder}.jsonl", model, pairs, "")
+    one, two = {path.name.split(".")[2] for path in appended}
+    assert one != two
+
+
+@pytest.mark.parametrize("keep", [0, 5])
+def test_a_shared_file_of_log_probs_must_have_a_row_for_each_pair(seven, tmp_path, capsys, keep):
+    """Log-probs of 5 of 7 pairs would poison every run that shares them."""
+    c, model, pairs = seven
+    file = tmp_path / "shared.jsonl"
+    file.write_text("[1.0, 2.0]\n" * keep)
+    with pytest.raises(SystemExit) as stop:
+        sams.logps_in_file(c, file, model, pairs, "shared")
+    assert stop.value.code == 2
+    assert f"{file} is damaged ({keep} rows, not 7" in capsys.readouterr().err
+
+
+def test_log_probs_that_are_no_numbers_are_not_kept(monkeypatch, seven, tmp_path, capsys):
+    """Neither in the file that is shared nor in the part that is gone on with."""
+    c, model, pairs = seven
+    broken = sams.Seen(torch.full([3, 2], math.nan), None)
+    monkeypatch.setattr(sams, "observe", lambda *_, **__: broken)
+    with pytest.raises(SystemExit):
+        sams.logps_in_file(c, tmp_path / "shared.jsonl", model, pairs, "shared")
+    assert "log-probs are not finite" in capsys.readouterr().err
+    (part,) = tmp_path.glob("shared.jsonl*.part")
+    assert part.read_text() == "\n"
+
+
+def test_the_shared_log_probs_are_named_after_all_that_they_depend_on(monkeypatch, seven, tmp_path):
+    """How the weights are cast, which FSDP does in its own way, and files of torch's own format."""
+    c, model, pairs = seven
+    names = []
+
+    def note(c, file, *more):
+        names.append(file.name)
+
+    monkeypatch.setattr(sams, "logps_in_file", note)
+    folder = tmp_path / "model"
+    shutil.copytree(model.path, folder)
+    model = dataclasses.replace(model, path=str(folder))
+    half = dataclasses.replace(c, dtype="bfloat16", parallel="fsdp")
+    sams.reference_logps(c, model, pairs)
+    sams.reference_logps(half, model, pairs)
+    monkeypatch.setattr(sams.dist, "is_initialized", lambda: True)
+    sams.reference_logps(half, model, pairs)
+    sams.reference_logps(dataclasses.replace(half, parallel="ddp"), model, pairs)  # as one process
+    assert len(set(names)) == 3
+    assert names[3] == names[1]
+
+    (folder / "pytorch_model.bin").write_bytes(b"other weights")
+    sams.reference_logps(half, model, pairs)
+    assert names[4] not in names[:4]
+
+
 def test_a_scoring_that_is_asked_to_stop_ends_after_a_batch_and_goes_on(
     monkeypatch, seven, tmp_path
 ):
