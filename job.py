@@ -942,14 +942,14 @@ def truncate_metrics(path: Path, keep: Callable[[dict], bool]):
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines if keep(line)))
 
 
-def metrics_of(path: Path, iteration: int) -> list[dict]:
-    """The lines of metrics.jsonl that the training of this number has left."""
+def metrics_of(path: Path, iteration: int | None) -> list[dict]:
+    """The lines of metrics.jsonl that the training of this number has left, one at least."""
     lines = read_jsonl(path, advice="delete this line") if path.exists() else []
     found = [line for line in lines if line.get("iteration") == iteration]
     if not found:
         die(
             f"{path}: no line of training {iteration}: "
-            "delete the checkpoint that it has left, and it is made again"
+            "delete the checkpoint or state.pt that it has left, and it is made again"
         )
     return found
 
@@ -1019,6 +1019,8 @@ class TrainingRun:
         if on_rank_0():
             truncate_metrics(metrics, self.is_done)
         barrier()
+        if self.first and len(metrics_of(metrics, self.tags.get("iteration"))) < self.first:
+            damaged(metrics, "steps are missing", f"delete {self.state}, and they are made again")
         self.bar = progress(range(self.first, len(steps)), note)
         self.started = time.monotonic()
 

@@ -190,6 +190,7 @@ def test_what_a_run_keeps_is_saved_and_restored(tmp_path):
     assert bandit.rounds == 7
     for step in training.run:
         bandit.rounds += 1
+        training.measure(step)
         if step == 3:
             break  # steps 0 and 1 are saved
 
@@ -218,6 +219,19 @@ def test_a_damaged_state_is_named(tmp_path, capsys, way):
         torch.save([1, 2], state)
     assert f"{state} is damaged" in died(capsys, Training, tmp_path)
     state.unlink()
+    assert Training(tmp_path).run.first == 0
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_steps_that_are_saved_must_have_their_lines(tmp_path, capsys, kept):
+    """Without its line, a step that will not be made again would be missing for ever."""
+    killed(tmp_path, dies_in=2)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:kept]))
+    line = died(capsys, Training, tmp_path)
+    assert str(file) in line
+    assert "state.pt" in line
+    (tmp_path / "state.pt").unlink()
     assert Training(tmp_path).run.first == 0
 
 
