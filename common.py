@@ -17,7 +17,6 @@ other tokens than those that were sampled, these stand beside it (meta.sampled_i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -59,10 +58,10 @@ def load_tokenizer(path: str):
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         job.die(f"{path}: not a model (no config.json)")
     try:
-        config = AutoConfig.from_pretrained(path)
-        tok = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as fault:
-        reason = str(fault).splitlines()[0]
+        reason = job.first_line(fault)
         job.die(f"{path}: neither a model folder nor a Hub model that can be loaded ({reason})")
 
     if tok.chat_template is None:
@@ -125,16 +124,18 @@ def prompt_ids(tok, prompt: list[dict]) -> list[int]:
 
     Training, sampling and judging all use this function.
     """
-    from jinja2 import TemplateError
-
+    roles = [message["role"] for message in prompt]
     try:
         if not turn_of(tok).opened:
-            return render(tok, prompt, add_generation_prompt=True)
-        before, _, _ = around_answer(tok, prompt, SAID)
-    except TemplateError as fault:
-        roles = [message["role"] for message in prompt]
-        job.die(f"the chat template refuses a prompt of {roles}: {fault}")
-    return tok(before, add_special_tokens=False)["input_ids"]
+            ids = render(tok, prompt, add_generation_prompt=True)
+        else:
+            before, _, _ = around_answer(tok, prompt, SAID)
+            ids = tok(before, add_special_tokens=False)["input_ids"]
+    except Exception as fault:  # a template is a program: it can fail with anything
+        job.die(f"the chat template refuses a prompt of {roles}: {job.first_line(fault)}")
+    if not ids:
+        job.die(f"the chat template makes nothing of a prompt of {roles}")
+    return ids
 
 
 def response_ids(
@@ -653,6 +654,7 @@ def preference_metrics(
         "rewards/rejected": rejected_reward,
         "rewards/margins": chosen_reward - rejected_reward,
         "rewards/accuracies": (chosen_reward > rejected_reward).float(),
+        "rewards/size": chosen_reward.abs(),  # TrainingRun looks at it before the first step
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps[:, 1],
     }
@@ -716,42 +718,41 @@ class Drawn(NamedTuple):
     ids: list[int] | None = None  # where the text alone would give other ones; without the end
 
 
-def identity(path: str, config) -> list:
-    """What tells a model from another one of the same name, for the keys of caches.
-
-    That is the sizes and times of its weights, or the Hub's commit.
+def weights_stamp(path: str) -> list | str | None:
+    """What tells a model from another one, wherever it lies: its weights' files, their sizes and
+    times, or the Hub's commit.
     """
-    weights = []
-    for file in sorted(Path(path).glob("*")):
-        if file.suffix in (".safetensors", ".bin"):
-            stat = file.stat()
-            weights.append((file.name, stat.st_size, stat.st_mtime_ns))
-    return [path, weights or getattr(config, "_commit_hash", None)]
+    folder = Path(path)
+    if not folder.exists():
+        _, config = load_tokenizer(path)
+        return getattr(config, "_commit_hash", None)
+    stamps = []
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        stat = file.stat()
+        stamps.append((file.name, stat.st_size, stat.st_mtime_ns))
+    return stamps
 
 
 def lm_shapes(path: str):
     """A causal language model in float32 without its weights, on "meta"."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            ).eval()
     except Exception as fault:
-        job.die(f"{path}: not a causal language model that can be built ({first_line(fault)})")
+        job.die(f"{path}: not a causal language model that can be built ({job.first_line(fault)})")
 
 
 def read_weights(kind, path: str, dtype: torch.dtype):
     """A model of the class `kind`; weights that can't be read end the program with one line."""
     try:
-        return kind.from_pretrained(path, dtype=dtype)
+        return kind.from_pretrained(path, dtype=dtype, trust_remote_code=False)
     except Exception as fault:
-        job.die(f"{path}: its weights can't be loaded ({first_line(fault)})")
-
-
-def first_line(fault: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(fault).__name__}: {fault}".split("\n")[0]
+        job.damaged(path, fault, "if a run has made it, delete this folder and --resume the run")
 
 
 def load_lm(path: str, dtype: torch.dtype, device):
@@ -810,12 +811,18 @@ def draw(
     if allowed:
         how["prefix_allowed_tokens_fn"] = lambda sequence, ids: allowed
 
+    def refuse_nan(sequences, logits):
+        if logits.isnan().any():
+            sys.exit(f"error: {lm.name_or_path}: its logits are not numbers: a broken model")
+        return logits
+
     ends = end_tokens(lm, tok)
     how.update(
         input_ids=torch.tensor(padded, device=lm.device),
         attention_mask=torch.tensor(attended, device=lm.device),
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
+        logits_processor=[refuse_nan],
     )
     torch.manual_seed(seed)
     try:
@@ -910,21 +917,23 @@ def generate(
         return [answer_row(rows[i], j, answer) for (i, j), answer in zip(items, answers)]
 
     settings = [
-        model.path,
+        weights_stamp(model.path),
         sampling.temperature,
         sampling.max_new_tokens,
         str(model.dtype),
         seed,
-        [row["id"] for row in rows],
+        prompts,
     ]
+    items = every_sample(len(rows), n)
     answers = job.phase(
         out,
-        every_sample(len(rows), n),
+        items,
         work,
         sampling.batch,
         settings,
         key=lambda item: len(prompts[item[0]]),
         note=note,
+        ids=[rows[i]["id"] for i, _ in items],
     )
     warn_of_cut(out, answers, sampling.max_new_tokens)
     return answers
@@ -944,6 +953,11 @@ def warn_of_cut(out: Path, answers: list[dict], limit: int):
 def every_sample(rows: int, n: int) -> list[tuple[int, int]]:
     """(row, sample) for n samples of each row, in the rows' order."""
     return [(i // n, i % n) for i in range(rows * n)]
+
+
+def texts(rows: list[dict]) -> list[tuple[list[dict], str]]:
+    """What a judge reads of rows: prompt and response."""
+    return [(row["prompt"], row["response"]) for row in rows]
 
 
 def answer_row(row: dict, number: int, answer: Drawn) -> dict:
@@ -995,8 +1009,9 @@ def held_out(
         list(range(len(rows))),
         work,
         sampling.batch,
-        settings=[judge and judge.key, model.path],
+        settings=[judge and judge.key, texts(drawn), texts(rows)],
         note=f"{note}judge",
+        ids=[row["id"] for row in rows],
     )
     cut = [row["meta"]["finish"] == "length" for row in tested]
     return {**judged_shares(tested, judge), "cut": sum(cut) / len(cut)}
@@ -1112,6 +1127,35 @@ def as_text(prompt: list[dict]) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
+def quoted_ids(tok, messages: list[dict], add_generation_prompt: bool) -> list[int]:
+    """Ids of the chat template's rendering, in which the messages can't speak for the template.
+
+    The name of a special token in a message stays text: before the rendering it is exchanged for
+    a private character, and behind it for the ids of its letters.
+    """
+    names = [str(token) for token in tok.added_tokens_decoder.values() if token.special]
+    private = {name: chr(0xF0000 + i) for i, name in enumerate(names) if name}
+    longest_first = sorted(private, key=len, reverse=True)
+    quoted = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    marked = []
+    for message in messages:
+        content = quoted.sub(lambda name: private[name[0]], message["content"])
+        marked.append({**message, "content": content})
+    text = tok.apply_chat_template(
+        marked, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+
+    named = {character: name for name, character in private.items()}
+    ids = []
+    for piece in re.split("([\U000f0000-\U000fffff])", text):
+        if piece in named:
+            ids += text_ids(tok, named[piece])
+        elif piece:
+            ids += tok(piece, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 class Judge:
     """Scores and compares answers; what could be read of its own answers is kept in a cache.
 
@@ -1140,17 +1184,14 @@ class Judge:
 
     def read_cache(self, file: Path):
         """Adds the values of a file of the cache."""
-        for line in file.read_text(errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a torn line
-                self.known.update(json.loads(line))
+        for values in job.whole_lines(file):
+            self.known.update(values)
 
     def remember(self, values: dict):
         """Adds values to the cache."""
         self.known.update(values)
         if values and self.file:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.file, "a") as file:
-                file.write("\n" + json.dumps(values) + "\n")
+            job.append(self.file, "\n" + json.dumps(values) + "\n")
 
     def ask(self, kind: str, items: list[tuple], again: bool) -> list:
         raise TypeError("a judge must say how it answers")
@@ -1268,7 +1309,7 @@ class RewardJudge(NumberJudge):
         if self.model is None:
             self.model = self.load()
         talk = [*prompt, {"role": "assistant", "content": text}]
-        ids = self.tok.apply_chat_template(talk, return_dict=False, return_tensors="pt")
+        ids = torch.tensor([quoted_ids(self.tok, talk, add_generation_prompt=False)])
         return self.model(input_ids=ids.to(self.device)).logits.float().item()
 
     def free(self):
@@ -1343,7 +1384,8 @@ class LocalJudge(TextJudge):
         allowed = self.allowed_tokens(opening)
         ids = []
         for question in questions:
-            prompt = prompt_ids(self.tok, [{"role": "user", "content": question}])
+            talk = [{"role": "user", "content": question}]
+            prompt = quoted_ids(self.tok, talk, add_generation_prompt=True)
             ids.append(prompt + self.encode(opening))
 
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

@@ -348,9 +348,10 @@ class Config:
     def __post_init__(self):
         job.check_positive(self, "beta", "lr", "noise_lr", "batch", "micro_batch", "sample_batch")
         job.check_positive(self, "save_every", "max_prompt", "max_response", "test_prompts")
-        job.check_positive(self, "epochs", "clip")
+        job.check_positive(self, "clip")
         job.check_not_negative(self, "iterations", "warmup_iterations")
-        job.check_not_negative(self, "noise_penalty", "temperature", "warmup")
+        job.check_not_negative(self, "noise_penalty", "temperature")
+        job.check_run(self)
         job.check_positive(self, "limit", "max_steps")
         job.check_offload(self)
         if self.judge == "none" and self.labels == "judge":
@@ -427,7 +428,7 @@ def main():
     if c.dry_run:
         return
     out = job.open_run(c, [c.data, c.test], MAY_CHANGE)
-    started = time.time()
+    started = time.monotonic()
     sampling = Sampling(c.temperature, c.max_response, c.sample_batch)
 
     start, *iterations = all_iterations(c, out)
@@ -518,9 +519,11 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
             at.dsl,
             c.judge,
             sorted(flipped),
-            [row["response"] for row in answers],
+            common.texts(rows),
+            common.texts(answers),
         ],
         note=f"{at.name}: label",
+        ids=[row["id"] for row in rows],
     )
     if judge:
         judge.free()
@@ -620,7 +623,7 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
     if c.offload_reference:
         common.blocks(reference.lm).cpu()  # now that TrainingRun has loaded all of it
 
-    for step in run:  # goes on after a kill; ends on SIGTERM, and in reduce() on NaN
+    for step in run:  # goes on after a kill; ends on SIGTERM, and in write() on NaN
         factor = lr_factor(step, len(steps), c.warmup)
         for update in updates:
             seed = (c.seed, "noise", at.number, step, update)  # every update draws new noise
@@ -628,11 +631,13 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
             if update != "noise":
                 norm = take_step(optimizer, factor * c.lr, c.clip)
             if update != "model":
-                take_step(noise_optimizer, factor * c.noise_lr, c.clip)
+                noise_norm = take_step(noise_optimizer, factor * c.noise_lr, c.clip)
 
         metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])  # of the last update
         metrics = derived_metrics(metrics, c.beta, at.npo)
         tell_drop(at, step, metrics)
+        if at.npo:
+            metrics["noise/grad_norm"] = noise_norm
         run.write(step, metrics, lr=factor * c.lr, grad_norm=norm, more=drop_note(metrics))
     job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path, at.dtype)
 
@@ -848,8 +853,9 @@ def measure_logps(
         list(range(len(pairs))),
         work,
         c.sample_batch,
-        settings=model.path,
+        settings=[common.weights_stamp(model.path), pairs, [row["response"] for row in new]],
         note=f"{at.name}: log-probs",
+        ids=[row["id"] for row in pairs],
     )
     means = {}
     for name in ("positive", "negative", "new"):
@@ -861,7 +867,7 @@ def training_summary(
     out: Path, at: Iteration, pairs: list[dict], encoded: list[Pair], left_out: Counter
 ) -> dict:
     """What results.json says of an iteration's labels and of its training."""
-    steps = [m for m in job.read_jsonl(out / "metrics.jsonl") if m["iteration"] == at.number]
+    steps = job.metrics_of(out / "metrics.jsonl", at.number)
     ties = [is_tie(row["meta"]) for row in pairs]
     return {
         "swapped": sum(row["meta"]["swapped"] for row in pairs) / len(pairs),
@@ -1038,16 +1044,20 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
-    """Clips, steps and clears the gradients; returns their norm before clipping."""
+    """Clips, steps and clears the gradients; returns their norm before clipping.
+
+    With a norm that is not finite there is no step, and TrainingRun.write() ends the run.
+    """
     params = []
     for group in optimizer.param_groups:
         group["lr"] = lr
         params += group["params"]
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    if norm.isfinite():
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
 
@@ -1082,9 +1092,10 @@ def setup(c) -> torch.device:
             f"--batch {c.batch} can't be divided by {world} ranks x --micro_batch {c.micro_batch}"
         )
     if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
+        job.check_files(c)  # before this takes minutes
         if job.on_rank_0():
             toy.make(Path("runs/toy"))
-        job.barrier()
+        job.stop_if_asked()
     return device
 
 

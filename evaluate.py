@@ -53,12 +53,13 @@ from common import (
     context_of,
     encode_pairs,
     generate,
-    identity,
     load_tokenizer,
     make_judge,
     mean_or_none,
     prompt_ids,
     score_rows,
+    texts,
+    weights_stamp,
 )
 
 # Few-shot examples, as in the DNPO authors' eval.sh.
@@ -263,7 +264,9 @@ class Config:
         if self.export and not self.questions:
             raise ValueError("--export needs --questions")
         job.check_positive(self, "beta", "max_response", "limit", "batch")
-        job.check_not_negative(self, "temperature")
+        job.check_not_negative(self, "temperature", "seed")
+        if self.name and "/" in self.name:
+            raise ValueError(f"--name {self.name} is to be a file's name in --out, without a /")
 
     @property
     def folder(self) -> Path:
@@ -298,8 +301,11 @@ class Subject(Model):
 
     @property
     def identity(self) -> list:
-        """What tells a model from another one of the same name."""
-        return identity(self.path, self.config)
+        """What tells a model from another one of the same name.
+
+        That is the sizes and times of its weights, or the Hub's commit.
+        """
+        return [self.path, weights_stamp(self.path)]
 
 
 def open_model(c: Config, path: str) -> Subject:
@@ -342,6 +348,7 @@ def evaluate_pairs(c: Config):
         reasons = ", ".join(f"{n} {why}" for why, n in dropped.items())
         job.die(f"{c.pairs}: no pair left: {reasons}")
 
+    job.hold(c.folder / "lock", c.folder)
     logps = score_pairs(c, model, pairs, "model")
     ref_logps = np.zeros_like(logps)
     if reference:
@@ -389,7 +396,10 @@ def score_pairs(c: Config, model: Subject, pairs: list[Pair], note: str) -> np.n
         scorer = scorer or Scorer(model.load())
         ids, mask = collate_pairs([pairs[i] for i in items], c.device)
         with torch.no_grad():
-            logps = by_pair(scorer(ids, mask)).tolist()
+            logps = by_pair(scorer(ids, mask))
+        if not logps.isfinite().all():
+            sys.exit(f"error: {model.path}: its log-probs are not finite: a broken model, or data")
+        logps = logps.tolist()
         found = []
         for i, (chosen, rejected) in zip(items, logps):
             found.append({"id": pairs[i].id, "chosen": chosen, "rejected": rejected})
@@ -440,6 +450,7 @@ def evaluate_answers(c: Config):
             f"for --max_response {c.max_response}"
         )
     rows = fitting
+    job.hold(c.folder / "lock", c.folder)
 
     # 2. the answers
     sides = {}
@@ -550,11 +561,6 @@ def judge_scores(c: Config, judge, answers: list[dict], note: str) -> list[dict]
     return job.phase(file, list(range(len(answers))), work, c.batch, note=note)
 
 
-def texts(answers: list[dict]) -> list[tuple[list[dict], str]]:
-    """What a judge reads of answers: prompt and response."""
-    return [(row["prompt"], row["response"]) for row in answers]
-
-
 def score_side(c: Config, judge, name: str, answers: list[dict], rows: list[dict]) -> dict:
     """A row of the table of scores: mean and interval of the readable scores of one side."""
     scores = []
@@ -602,6 +608,7 @@ def evaluate_benchmarks(c: Config):
     if c.tasks_dir and not Path(c.tasks_dir).is_dir():
         job.die(f"--tasks_dir {c.tasks_dir}: no such folder")
 
+    job.hold(c.folder / "lock", c.folder)
     packages = ("lm_eval", "transformers", "torch")
     versions = {name: importlib.metadata.version(name) for name in packages}
     rows = []
@@ -652,7 +659,7 @@ def read_benchmark(folder: Path) -> dict | None:
     files = sorted(folder.glob("**/results_*.json"), key=lambda file: file.stat().st_mtime)
     if not files:
         return None
-    return json.loads(files[-1].read_text())
+    return job.read_json(files[-1], "delete it, and the task is run again")
 
 
 def benchmark_rows(task: str, found: dict) -> list[dict]:
@@ -704,7 +711,6 @@ def evaluate_export(c: Config):
         then += f"then python gen_judgment.py --model-list {name}"
 
     if job.on_rank_0():
-        file.parent.mkdir(parents=True, exist_ok=True)
         job.write_atomic(file, text)
         print(f"{file}: {len(rows)} questions answered as {name}\nnext: {then}")
 
@@ -774,6 +780,7 @@ def answer_turns(
     # before anything is sampled: a missing answer would count as a loss
     for number, said in enumerate(questions, 1):
         check_length(c, model, number, said)
+    job.hold(c.folder / "lock", c.folder)
 
     replies = [[] for _ in questions]
     longest = max(len(said) for said in questions)
@@ -823,8 +830,7 @@ def main():
     if argv and not argv[0].startswith("-"):
         argv = ["--model", *argv]
     c = job.parse(Config, argv=argv)
-    if c.folder.is_file():
-        job.die(f"{c.folder} is a file: choose another --out")
+    job.check_out(c.folder)
     if c.figures:
         draw_figures(c)
         return
@@ -832,8 +838,8 @@ def main():
     if "RANK" in os.environ:
         # only barriers; a slow rank is waited for
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))
-    if job.on_rank_0():
-        c.folder.mkdir(parents=True, exist_ok=True)
+    if not c.benchmarks:  # lm_eval's processes don't know how to stop
+        job.stop_on_sigterm()
     if c.pairs:
         evaluate_pairs(c)
     elif c.benchmarks:

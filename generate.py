@@ -121,9 +121,11 @@ def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[di
         c.endpoint,
         c.temperature,
         c.max_new_tokens,
-        [row["id"] for row in rows],
+        [row["prompt"] for row in rows],
     ]
-    answers = job.phase(out, every_sample(len(rows), c.n), work, API_CONCURRENCY, settings)
+    items = every_sample(len(rows), c.n)
+    ids = [rows[i]["id"] for i, _ in items]
+    answers = job.phase(out, items, work, API_CONCURRENCY, settings, ids=ids)
     if not answers:
         out.unlink(missing_ok=True)
         sys.exit(f"error: {c.endpoint} has answered none of {len(rows)} prompts: {client.fault}")
@@ -233,9 +235,12 @@ def setup() -> torch.device:
 def main():
     c = job.parse(Config)
     out, last = Path(c.out), Path(c.pairs or c.out)
-    if last.exists():
+    job.check_out(out.parent)
+    job.check_out(last.parent, "--pairs")
+    if os.path.lexists(last):
         flag = "--pairs" if c.pairs else "--out"
-        job.die(f"{last} is there already: delete it, or choose another {flag}")
+        job.die(f"{last} is there already: choose another {flag}")
+    job.stop_on_sigterm()
 
     # 1. the prompts
     rows, dropped = datafiles.load_rows(c.data, "prompt", c.limit)
@@ -252,6 +257,7 @@ def main():
         print(f"{c.data}: {len(rows)} prompts x {c.n}{left_out}; {where}")
 
     # 3. the answers
+    job.hold(out.with_name(f"{out.name}.part"), out)  # it goes with the other parts
     if client:
         answers = generate_remotely(out, rows, client, c)
     else:

@@ -5,10 +5,11 @@ scripts `import job` and write `job.` before each of these names, so that a read
 from method. torch.distributed.checkpoint is imported where it is needed: it takes seconds. The
 sections, from the top:
 
-    messages and seeds       die, seed_of
+    messages and seeds       die, seed_of, a console that may be closed
     ranks                    rank, world_size, on_rank_0, barrier, sum_ranks, and what FSDP needs
     being asked to stop      SIGTERM
-    files                    written whole or not at all
+    files                    written whole or not at all, read whole or not at all
+    locks                    one program at a time
     phases                   items -> rows in a file, on all ranks, resumable
     flags                    a dataclass is the command line
     the run's folder         config.json, run.json, --resume, --overwrite
@@ -23,7 +24,10 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import errno
+import fcntl
 import functools
+import glob
 import hashlib
 import inspect
 import json
@@ -32,6 +36,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -43,6 +48,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 # ------------------------------------------------------------------------- messages and seeds
@@ -73,6 +79,49 @@ def seed_of(*parts) -> int:
     """
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def first_line(fault: BaseException) -> str:
+    """What an exception says, in one line; its type where it says nothing."""
+    return (str(fault).strip() or type(fault).__name__).splitlines()[0]
+
+
+class Console:
+    """stdout or stderr of a program that goes on when nobody reads it any more (`| head -1`).
+
+    What the terminal's encoding lacks is shown as a question mark.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.leave()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.leave()
+
+    def leave(self):
+        """From here on all goes nowhere, also what Python flushes when it ends."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def steady_console():
+    """Neither a closed pipe nor an ASCII terminal ends the program."""
+    if not isinstance(sys.stdout, Console):
+        sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
 
 
 # ------------------------------------------------------------------------- ranks
@@ -137,6 +186,13 @@ def sum_ranks(values: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(values, total.tolist()))
 
 
+def on_any_rank(holds: bool) -> bool:
+    """Whether something holds on one rank at least. All ranks must ask, and wait for each other."""
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    value = torch.tensor(float(holds), device="cuda" if nccl else "cpu")
+    return sum_ranks({"holds": value})["holds"] > 0
+
+
 @functools.cache
 def node_mesh(device_type: str):
     """The ranks as nodes x ranks of a node, for HSDP.
@@ -186,8 +242,14 @@ def stop_on_sigterm():
 def stopped() -> typing.NoReturn:
     """Ends the program because of SIGTERM; what was done is saved."""
     if on_rank_0():
-        print("SIGTERM: what is done is saved; go on with --resume", file=sys.stderr)
+        print("SIGTERM: what is done is saved; start again, a run with --resume", file=sys.stderr)
     sys.exit(0)
+
+
+def stop_if_asked():
+    """A barrier behind which all ranks end if SIGTERM has come to one of them."""
+    if on_any_rank(STOP.is_set()):
+        stopped()
 
 
 # ------------------------------------------------------------------------- files
@@ -195,37 +257,115 @@ def stopped() -> typing.NoReturn:
 
 def write_atomic(path: Path, text: str):
     """Writes the whole file or nothing: a kill leaves the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with all_or_nothing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append(path: Path, text: str):
+    """Appends to a file. A kill or a full disk may tear the text, and what reads it knows that."""
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 @contextlib.contextmanager
 def all_or_nothing(path: Path):
     """Gives a name to write to, which is renamed to `path` at the end.
 
-    A full disk ends the run with one line, and what was there before is still there.
+    Where that fails, what was there before is still there, and nothing else.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as fault:  # torch.save wraps what the disk says
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
-        reason = str(fault).splitlines()[0]
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif temporary.exists():
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Makes the folder of a file that is about to be written, and names what the disk refuses.
+
+    Then the program ends with one line. torch and safetensors wrap what the disk says.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, RuntimeError, SafetensorError) as fault:
+        reason, advice = first_line(fault), "mend that"
+        if is_full(path, fault):
+            reason, advice = f"the disk is full: {reason}", "make room"
+        intact = "; what was there is intact" if os.path.exists(path) else ""
         sys.exit(
-            f"error: {path} could not be written ({reason}); the last state is intact: "
-            "make room, then go on with --resume"
+            f"error: {path} could not be written ({reason}){intact}: "
+            f"{advice}, then start again, a run with --resume"
         )
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Reads a JSON lines file of ours.
+def is_full(path: Path, fault: Exception) -> bool:
+    """Whether a disk refused to write because it is full."""
+    if isinstance(fault, OSError) and fault.errno:
+        return fault.errno in (errno.ENOSPC, errno.EDQUOT)
+    with contextlib.suppress(OSError):
+        return "No space" in str(fault) or shutil.disk_usage(path.parent).free < 2**20
+    return False
 
-    Only "\\n" ends a line: str.splitlines would cut texts at U+2028 and its like.
+
+MADE_AGAIN = "delete it, and it is made again"
+
+
+def damaged(path: Path | str, why, advice: str = MADE_AGAIN) -> typing.NoReturn:
+    """Ends the program because of a file that can't be what we have written."""
+    if isinstance(why, BaseException):
+        why = f"{type(why).__name__}: {first_line(why)}"
+    die(f"{path} is damaged ({why}): {advice}")
+
+
+def read_json(path: Path, advice: str) -> dict:
+    """Reads a file of ours that holds one JSON object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as fault:
+        damaged(path, fault, advice)
+    if not isinstance(value, dict):
+        damaged(path, f"expected an object, found {type(value).__name__}", advice)
+    return value
+
+
+def read_jsonl(path: Path, kind: type = dict, advice: str = MADE_AGAIN) -> list:
+    """Reads a JSON lines file of ours, every line of which holds a value of that kind.
+
+    Only "\n" ends a line: str.splitlines would cut texts at U+2028 and its like.
     """
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as fault:
+            damaged(f"{path}:{number}", fault, advice)
+        if not isinstance(row, kind):
+            damaged(f"{path}:{number}", f"a {type(row).__name__}, not a {kind.__name__}", advice)
+        rows.append(row)
+    return rows
+
+
+def whole_lines(path: Path, kind: type = dict) -> list:
+    """What can be read of a JSON lines file that may be torn, or not be there: values of a kind.
+
+    For files whose lines stand for themselves: what is lost is made, or asked for, again.
+    """
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line.decode())
+            if isinstance(row, kind):
+                rows.append(row)
+    return rows
 
 
 def json_lines(rows: Iterable) -> str:
@@ -240,6 +380,51 @@ def progress(items, note: str):
     return tqdm(items, desc=note, leave=False, disable=None if on_rank_0() else True)
 
 
+# ------------------------------------------------------------------------- locks
+
+HELD: dict[Path, int] = {}  # locked files, which stay open: path and descriptor
+
+
+def hold(path: Path, what: Path):
+    """Locks a file until this program ends: no other one may write to `what`, which it stands for.
+
+    Every rank holds a lock, and rank 0 of a newcomer must get it alone: ranks that have outlived
+    their torchrun still keep others out. The system frees what a dead process has held.
+    """
+    if path in HELD:  # this process was here before
+        fcntl.flock(HELD[path], fcntl.LOCK_UN)
+        os.close(HELD.pop(path))
+    file = HELD[path] = open_lock(path)
+    taken = on_rank_0() and not is_locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if on_any_rank(taken):
+        holder = os.read(file, 200).decode(errors="replace")
+        die(f"{what} is in use by {holder or 'another program'}: wait for its end, or end it")
+    if on_rank_0():
+        holder = f"process {os.getpid()} on {socket.gethostname()}, {time.strftime('%F %T')}"
+        with writing(path):
+            os.truncate(file, 0)
+            os.write(file, holder.encode())
+    if world_size() > 1:
+        is_locked(file, fcntl.LOCK_SH)  # waits for rank 0, whose own becomes a shared one
+
+
+def open_lock(path: Path) -> int:
+    """Opens a file to be locked, and makes it if it isn't there. Returns the descriptor."""
+    with writing(path):
+        return os.open(path, os.O_RDWR | os.O_CREAT)
+
+
+def is_locked(file: int, how: int) -> bool:
+    """Locks an open file, False if another program holds it. Not every file system can lock."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError as fault:
+        print(f"warning: no lock on --out: {fault.strerror}", file=sys.stderr)
+    return True
+
+
 # ------------------------------------------------------------------------- phases
 
 
@@ -251,6 +436,7 @@ def phase(
     settings=None,
     key: Callable | None = None,
     note: str = "",
+    ids: list[str] | None = None,
 ) -> list[dict]:
     """Maps items to rows, one for one, in a JSON lines file, on all ranks; returns the rows.
 
@@ -261,8 +447,10 @@ def phase(
 
     Every finished batch is a line in PATH.partRANK, and a killed phase goes on from there. If it
     was begun with other `settings` or items, the program ends; where items are indices, what they
-    point at belongs into `settings`. A finished phase is only read, whatever was changed since:
-    after a change of the code, delete its file or use another folder.
+    point at belongs into `settings`, by content and not by a path, since a folder may be moved.
+
+    A finished phase is only read, whatever was changed since: after a change of the code, delete
+    its file or use another folder. It must have a row for each item, with the `ids`, if given.
     """
     if not path.exists():
         # 1. the batches, and a stamp of all that their rows depend on
@@ -280,7 +468,7 @@ def phase(
 
         # 3. the work, batch by batch
         run_batches(path, items, batches, mine, work, stamp, note or path.stem, size)
-        barrier()
+        stop_if_asked()
 
         # 4. all parts, put into the items' order
         if on_rank_0():
@@ -292,29 +480,34 @@ def phase(
             write_atomic(path, json_lines(row for row in rows if row is not None))
         barrier()
 
+    rows = read_jsonl(path)
+    if len(rows) != len(items):
+        damaged(path, f"{len(rows)} rows, not {len(items)}")
+    for row, name in zip(rows, ids or []):
+        if row.get("id") != name:
+            damaged(path, f"a row {row.get('id')!r} where {name!r} is expected")
     if on_rank_0():
-        for part in path.parent.glob(f"{path.name}.part*"):
+        for part in parts_of(path):
             part.unlink()
-    return read_jsonl(path)
+    return rows
 
 
 def run_batches(
     path: Path, items, batches, mine: list[int], work, stamp: str, note: str, size: int
 ):
-    """Does this rank's batches of a phase and appends each to PATH.partRANK as it is finished."""
+    """Does this rank's batches of a phase and appends each to PATH.partRANK as it is finished.
+
+    SIGTERM lets the running batch end.
+    """
     part = path.with_name(f"{path.name}.part{rank()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     world = world_size()
     plural = "s" if world > 1 else ""
-    with open(part, "a") as file:
-        file.write("\n")  # ends a line that a kill may have torn
-        for number in progress(mine, f"{note} ({world} rank{plural}, batches of {size})"):
-            if STOP.is_set():
-                stopped()
-            rows = work([items[i] for i in batches[number]], number)
-            entry = {"stamp": stamp, "batch": number, "rows": rows}
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            file.flush()
+    append(part, "\n")  # ends a line that a kill may have torn
+    for number in progress(mine, f"{note} ({world} rank{plural}, batches of {size})"):
+        if STOP.is_set():
+            return
+        rows = work([items[i] for i in batches[number]], number)
+        append(part, json_lines([{"stamp": stamp, "batch": number, "rows": rows}]))
 
 
 def read_parts(path: Path, stamp: str) -> dict[int, list]:
@@ -323,13 +516,9 @@ def read_parts(path: Path, stamp: str) -> dict[int, list]:
     Ends the program if they were begun with other settings.
     """
     done = {}
-    for part in sorted(path.parent.glob(f"{path.name}.part*")):
-        for line in part.read_text(errors="replace").split("\n"):
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # a torn line: its batch is done again
-                continue
-            if entry["stamp"] != stamp:
+    for part in parts_of(path):
+        for entry in whole_lines(part):
+            if entry.get("stamp") != stamp:
                 die(
                     f"{part} was begun with other settings or data: "
                     "delete it, or write somewhere else"
@@ -338,7 +527,15 @@ def read_parts(path: Path, stamp: str) -> dict[int, list]:
     return done
 
 
+def parts_of(path: Path) -> list[Path]:
+    """The files PATH.part*, whatever characters PATH has."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.part*"))
+
+
 # ------------------------------------------------------------------------- flags
+
+
+MOST_EPOCHS = 1000  # the order of all steps is made before the first one
 
 
 class Parser(argparse.ArgumentParser):
@@ -356,6 +553,7 @@ def parse(cls, presets: dict[str, dict] | None = None, argv: list[str] | None = 
     the preset's held-out data. The dataclass refuses a value with a ValueError, which ends the
     program with one line.
     """
+    steady_console()
     presets = presets or {}
     parser = Parser(
         description=sys.modules[cls.__module__].__doc__,
@@ -398,11 +596,11 @@ def add_flags(parser: argparse.ArgumentParser, cls, toy: dict):
             dest=field.name,
             default=argparse.SUPPRESS,
             help=text.replace("%", "%%"),
-            **flag_kind(kinds[field.name]),
+            **flag_kind(field.name, kinds[field.name]),
         )
 
 
-def flag_kind(kind) -> dict:
+def flag_kind(name: str, kind) -> dict:
     """argparse's words for the type of a field."""
     options = typing.get_args(kind)
     if type(None) in options:  # X | None
@@ -412,8 +610,25 @@ def flag_kind(kind) -> dict:
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}
     if typing.get_origin(kind) is list:
-        return {"nargs": "+", "type": str, "metavar": "X"}
-    return {"type": kind, "metavar": kind.__name__.upper()}
+        return {"nargs": "+", "type": some_text, "metavar": "X"}
+    if kind is float and not name.startswith("clip"):  # inf: no bound
+        return {"type": finite, "metavar": "FLOAT"}
+    return {"type": some_text if kind is str else kind, "metavar": kind.__name__.upper()}
+
+
+def finite(text: str) -> float:
+    """The number that a flag's text names, which is neither nan nor inf."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(text)):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"invalid float value: {text!r}")
+
+
+def some_text(text: str) -> str:
+    """A flag's text, which is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a text, not an empty one")
+    return text
 
 
 def field_notes(cls) -> dict[str, str]:
@@ -450,6 +665,41 @@ def check_not_negative(config, *names: str):
             raise ValueError(f"--{name} must not be negative, not {value}")
 
 
+def check_files(config):
+    """Ends the program for a file of data that isn't there; the toy world's are made later."""
+    for name in ("data", "test", "verdicts"):
+        value = getattr(config, name, None) or ""
+        is_file_name = value.endswith((".jsonl", ".json", ".parquet"))
+        if is_file_name and not value.startswith("runs/toy/") and not Path(value).is_file():
+            die(f"{value}: no such file")
+
+
+def check_run(config):
+    """ValueError for flags that make no sense in a run, or not together, and for a bad --out."""
+    if config.resume and config.overwrite:
+        raise ValueError("--resume goes on, --overwrite begins again: only one of them can be")
+    if config.test and Path(config.test).resolve() == Path(config.data).resolve():
+        raise ValueError(f"--test {config.test} is --data: held-out data must not be trained on")
+    if not 0 <= config.warmup <= 1:
+        raise ValueError(f"--warmup must be at least 0 and at most 1, not {config.warmup}")
+    if not 0 < config.epochs <= MOST_EPOCHS:
+        raise ValueError(f"--epochs must be above 0 and at most {MOST_EPOCHS}, not {config.epochs}")
+
+
+def check_out(folder: Path, flag: str = "--out"):
+    """Ends the program if the folder of a flag can be neither made nor written to."""
+    try:
+        nearest = folder
+        while not nearest.exists() and not nearest.is_symlink():
+            nearest = nearest.parent
+        usable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    except OSError as fault:
+        die(f"{folder}: {fault.strerror}: choose another {flag}")
+    if not usable:
+        kind = "can't be written to" if nearest.is_dir() else "is no folder"
+        die(f"{nearest} {kind}: choose another {flag}")
+
+
 def check_offload(config):
     """ValueError if --offload_reference is asked for where nothing is sharded."""
     sharded = "RANK" in os.environ and config.parallel in ("fsdp", "hsdp")
@@ -462,45 +712,58 @@ def check_offload(config):
 # ------------------------------------------------------------------------- the run's folder
 
 
+FIRST_FILES = ("lock", "run.json.tmp")  # a kill may leave these and no run
+
+
 def open_run(config, data: list[str | None], may_change: tuple[str, ...]) -> Path:
     """Makes or enters the run's folder, and writes config.json and run.json into it.
 
     A folder in use is refused without --resume or --overwrite, and so is resuming with other flags
-    than the run was begun with, those in `may_change` excepted. The files named in `data` are
-    recorded by hash.
+    than the run was begun with, those in `may_change` excepted, or with other content of the files
+    named in `data`. --overwrite deletes runs only. No other program may write to the folder until
+    this one ends.
     """
     out = Path(config.out)
-    if out.is_file():
-        die(f"{out} is a file: choose another --out")
-    used = out.exists() and any(out.iterdir())
+    check_out(out)
+    used = out.exists() and any(file.name not in FIRST_FILES for file in out.iterdir())
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     resume = config.resume or (used and restarted)  # --max-restarts: the same command once more
 
-    begun = (out / "config.json").is_file()
     if used and resume:
-        if not begun:
-            die(f"{out}: no config.json, so no run to resume")
-        check_same_flags(out, config, may_change)
+        if not is_run(out):
+            die(f"{out}: no run.json of ours, so no run to resume")
+        if (out / "config.json").exists():  # else a kill came before it
+            check_same_flags(out, config, may_change)
+        check_same_data(out, config, data, may_change)
     elif used and not config.overwrite:
         die(f"{out} is not empty: --resume to go on, --overwrite to begin again, or another --out")
-    elif used and not begun:
-        die(f"{out} holds no run (no config.json), so --overwrite does not touch it")
+    elif used and not is_run(out):
+        die(f"{out} holds no run (no run.json of ours), so --overwrite does not touch it")
+    else:
+        check_apart(out, config)
 
     barrier()
+    hold(out / "lock", out)
     if on_rank_0():
         if used and not resume:
-            shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
+            clear(out)
+        mend(out / "metrics.jsonl")
+        write_atomic(out / "run.json", json.dumps(provenance(data), indent=1))
         flags = dataclasses.asdict(config)
         write_atomic(out / "config.json", json.dumps(flags, indent=1))
-        write_atomic(out / "run.json", json.dumps(provenance(data), indent=1))
     barrier()
     return out
 
 
+def is_run(out: Path) -> bool:
+    """Whether a folder's run.json has our mark: every model's folder has a config.json."""
+    file = out / "run.json"
+    return file.is_file() and "made_by" in read_json(file, f"look at it, or delete {out}")
+
+
 def check_same_flags(out: Path, config, may_change: tuple[str, ...]):
     """Ends the program if the run in `out` was begun with other flags."""
-    before = json.loads((out / "config.json").read_text())
+    before = read_json(out / "config.json", "mend it, or begin again with --overwrite")
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     for name, value in now.items():
         if name not in may_change and before.get(name) != value:
@@ -511,30 +774,73 @@ def check_same_flags(out: Path, config, may_change: tuple[str, ...]):
             )
 
 
+def check_same_data(out: Path, config, data: list[str | None], may_change: tuple[str, ...]):
+    """Ends the program if a file of data was edited since the run in `out` was begun."""
+    before = read_json(out / "run.json", f"delete {out}").get("data", {})
+    free = [getattr(config, flag, None) for flag in may_change]  # a person's verdicts grow
+    for name, digest in file_hashes(data).items():
+        if name not in free and before.get(name, digest) != digest:
+            die(
+                f"{name} is not what it was when {out} was begun: "
+                "resume with the old data, or choose another --out"
+            )
+
+
+def check_apart(out: Path, config):
+    """Ends the program if a run would delete or fill what another flag names: a model, data."""
+    place = out.resolve()
+    for name, value in dataclasses.asdict(config).items():
+        for path in value if isinstance(value, list) else [value]:
+            if name == "out" or not isinstance(path, str) or not os.path.exists(path):
+                continue
+            other = Path(path).resolve()
+            if place == other or place in other.parents or other in place.parents:
+                die(f"--out {out} is, or holds, or is inside of --{name} {path}: choose another")
+
+
+def clear(out: Path):
+    """Empties a run's folder, but for its lock and its mark, which is overwritten later."""
+    for path in out.iterdir():
+        if path.name in ("lock", "run.json"):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def provenance(data: list[str | None]) -> dict:
     """Where a run's numbers come from: command, commit, versions, ranks, hashes of data files."""
     import transformers
 
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    hashes = {}
-    for name in data:
-        if name and Path(name).is_file():
-            hashes[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    git = ""
+    with contextlib.suppress(OSError):  # there may be no git
+        git = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
     return {
+        "made_by": Path(sys.argv[0]).name,
         "argv": sys.argv,
         "git": git or None,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "world_size": world_size(),
-        "data": hashes,
+        "data": file_hashes(data),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def file_hashes(data: list[str | None]) -> dict[str, str]:
+    """The sha256 of those of these names that are files, by name."""
+    hashes = {}
+    for name in data:
+        if name and Path(name).is_file():
+            hashes[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    return hashes
 
 
 # ------------------------------------------------------------------------- training states
@@ -561,14 +867,16 @@ def save_state(path: Path, parts: dict, **more):
     state["more"] = more
 
     if on_rank_0():
-        path.parent.mkdir(parents=True, exist_ok=True)
         with all_or_nothing(path) as temporary:
             torch.save(state, temporary)
     barrier()
 
 
-def load_state(path: Path, parts: dict) -> dict:
-    """Loads what save_state wrote into the same parts; returns its plain values."""
+def load_state(path: Path, parts: dict, training: str) -> dict:
+    """Loads what save_state wrote into the same parts; returns its plain values.
+
+    Ends the program if that can't be read, or was saved in another training.
+    """
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         set_model_state_dict,
@@ -576,12 +884,20 @@ def load_state(path: Path, parts: dict) -> dict:
     )
 
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    for name, (module, optimizer) in parts.items():
-        weights, moments = state[name]
+    advice = "delete it, and this training begins again"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        more, saved_in = state["more"], state["more"]["training"]
+        trained = [state[name] for name in parts]
+    except Exception as fault:  # torch.load has many
+        damaged(path, fault, advice)
+    if saved_in != training:
+        damaged(path, "it was saved in another iteration or run, or on other data", advice)
+
+    for (module, optimizer), (weights, moments) in zip(parts.values(), trained):
         set_model_state_dict(module, weights, options=options)
         set_optimizer_state_dict(module, optimizer, moments, options=options)
-    return state["more"]
+    return more
 
 
 def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str, dtype: str = "float32"):
@@ -596,7 +912,7 @@ def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str, dtype: st
     full = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(scorer, options=full)
     if on_rank_0():
-        shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)
+        shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)  # a kill's
         lm = getattr(scorer, "module", scorer).lm  # DDP holds the scorer as .module
         with contextlib.suppress(OSError):  # the source has none
             lm.generation_config = GenerationConfig.from_pretrained(source)
@@ -624,15 +940,31 @@ def finish(folder: Path) -> Path:
     return folder / "checkpoint"
 
 
+def mend(path: Path):
+    """Drops a last line of metrics.jsonl that a kill, or a full disk, has torn."""
+    text = path.read_bytes() if path.exists() else b""
+    if text and not text.endswith(b"\n"):
+        with all_or_nothing(path) as temporary:
+            temporary.write_bytes(text[: text.rfind(b"\n") + 1])
+
+
 def truncate_metrics(path: Path, keep: Callable[[dict], bool]):
     """Drops the lines of metrics.jsonl that are about to be measured again, and a torn last one."""
-    kept = []
-    text = path.read_text() if path.exists() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            if keep(json.loads(line)):
-                kept.append(line + "\n")
-    write_atomic(path, "".join(kept))
+    mend(path)
+    lines = read_jsonl(path, advice="delete this line") if path.exists() else []
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines if keep(line)))
+
+
+def metrics_of(path: Path, iteration: int | None) -> list[dict]:
+    """The lines of metrics.jsonl that the training of this number has left, one at least."""
+    lines = read_jsonl(path, advice="delete this line") if path.exists() else []
+    found = [line for line in lines if line.get("iteration") == iteration]
+    if not found:
+        die(
+            f"{path}: no line of training {iteration}: "
+            "delete the checkpoint or state.pt that it has left, and it is made again"
+        )
+    return found
 
 
 # ------------------------------------------------------------------------- TrainingRun
@@ -654,8 +986,7 @@ class TrainingRun:
 
     Every step leaves a line in the file `metrics`, which begins with `tags`. Lines of steps that
     are about to be made again are dropped first. A script that trains several times into one file
-    counts the trainings in tags["iteration"], from 1: that is how the lines of earlier ones are
-    told.
+    counts the trainings in tags["iteration"], from 1: the lines of others stay, earlier and later.
 
     steps: the indices of each optimizer step's pairs. parts: {name: (module, optimizer)} to save
     and load. keeps: {name: object with state() and restore(state)}, likewise; a state is made of
@@ -687,61 +1018,60 @@ class TrainingRun:
         self.state = folder / "state.pt"
         self.save_every = c.save_every
         self.stop = False
+        self.row_ids = []  # of the last step
+        self.training = f"{seed_of(self.tags, steps):016x}"  # which one a state is of
 
-        more = load_state(self.state, parts) if self.state.exists() else {"step": 0}
+        more = {"step": 0}
+        if self.state.exists():
+            more = load_state(self.state, parts, self.training)
         self.first = more["step"]
         for name, thing in self.keeps.items():
             if name in more:
                 thing.restore(more[name])
 
         if on_rank_0():
-            metrics.parent.mkdir(parents=True, exist_ok=True)
             truncate_metrics(metrics, self.is_done)
         barrier()
+        if self.first and len(metrics_of(metrics, self.tags.get("iteration"))) < self.first:
+            damaged(metrics, "steps are missing", f"delete {self.state}, and they are made again")
         self.bar = progress(range(self.first, len(steps)), note)
-        self.started = time.time()
+        self.started = time.monotonic()
 
     def is_done(self, line: dict) -> bool:
-        """Whether a line of metrics is of an earlier iteration, or of a step that is saved."""
-        now = self.tags.get("iteration", 0), self.first
-        return (line.get("iteration", 0), line["step"]) <= now
+        """Whether a line of metrics is of another iteration, or of a step that is saved."""
+        other = line.get("iteration") != self.tags.get("iteration")
+        return other or line.get("step", math.inf) <= self.first
 
     def __iter__(self) -> Iterator[int]:
         """The steps to make; between two of them, saving and stopping."""
         for step in self.bar:
             yield step
-            last = step + 1 == len(self.steps)  # then comes the checkpoint
-            if not last and (self.stop or (step + 1) % self.save_every == 0):
+            if step + 1 == len(self.steps):
+                continue  # to the checkpoint, whoever asks to stop
+            if self.stop or (step + 1) % self.save_every == 0:
                 more = {name: thing.state() for name, thing in self.keeps.items()}
-                save_state(self.state, self.parts, step=step + 1, **more)
+                more.update(step=step + 1, training=self.training)
+                save_state(self.state, self.parts, **more)
             if self.stop:
                 stopped()
 
     def reduce(self, step: int, sums: dict[str, Tensor], row_ids: list[str]) -> dict[str, float]:
-        """Sums a step's metrics over the ranks. A loss that is not finite ends the program.
-
-        Then every rank exits with one line, and nothing of this step is saved, since the scripts
-        call this before write(): state.pt is the last one, the metrics end with the step before.
+        """Sums a step's metrics over the ranks, and looks at those before the first step.
 
         sums: each rank's part of the metrics, those of common.preference_metrics among them.
-        row_ids: the rows of the step, for the message.
+        row_ids: the rows of the step, for messages.
         """
         asked = torch.tensor(float(STOP.is_set()), device=self.device)
         metrics = sum_ranks({**sums, "stop": asked})
         self.stop = metrics.pop("stop") > 0  # on all ranks if on one
+        self.row_ids = row_ids
 
-        loss = metrics["loss"]
-        if not math.isfinite(loss):
-            where = f"{self.place}, step {step + 1}" if self.place else f"step {step + 1}"
-            sys.exit(
-                f"error: the loss is {loss} at {where}, rows {row_ids}: "
-                "lower --lr, or look at these rows"
-            )
-        reward = metrics["rewards/chosen"]
-        if step == 0 and abs(reward) > 1e-3:
+        size = metrics.pop("rewards/size")
+        if step == 0 and size > 1e-3 and on_rank_0():
             print(
                 "warning: before the first step the policy differs from its reference "
-                f"by a reward of {reward:+.4f}; it should be 0",
+                f"by a reward of {metrics['rewards/chosen']:+.4f}, in absolute value {size:.4f}; "
+                "both should be 0",
                 file=sys.stderr,
             )
         return metrics
@@ -750,10 +1080,21 @@ class TrainingRun:
         """Appends a step's line to the file of metrics and shows it; `more` is shown only.
 
         Without a terminal, where there is no bar, every quarter of the steps is a printed line.
+
+        A loss, a gradient or whatever else a step has measured that is not finite ends the program,
+        on every rank with one line. Nothing of this step is saved: state.pt is the last one, the
+        metrics end with the step before.
         """
+        for name, value in {**metrics, "grad_norm": grad_norm}.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                where = f"{self.place}, step {step + 1}" if self.place else f"step {step + 1}"
+                sys.exit(
+                    f"error: the {name} is {value} at {where}, rows {self.row_ids}: "
+                    "lower the learning rate, or look at these rows"
+                )
         if not on_rank_0():
             return
-        seconds = time.time() - self.started
+        seconds = max(time.monotonic() - self.started, 1e-6)
         pairs = sum(len(indices) for indices in self.steps[self.first : step + 1])
         line = {
             **self.tags,
@@ -764,8 +1105,7 @@ class TrainingRun:
             "memory_gib": memory_gib(self.device),
             "pairs_per_second": pairs / seconds,
         }
-        with open(self.file, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.file, json.dumps(line) + "\n")
 
         total = len(self.steps)
         per_step = seconds / (step - self.first + 1)
@@ -906,9 +1246,9 @@ def batch_note(c, steps: str, device) -> str:
 
 
 def write_results(out: Path, results: dict, started: float):
-    """Writes results.json, with the seconds since `started`."""
+    """Writes results.json, with the seconds since `started`, a time.monotonic()."""
     if on_rank_0():
-        seconds = round(time.time() - started, 1)
+        seconds = round(time.monotonic() - started, 1)
         write_atomic(out / "results.json", json.dumps({**results, "seconds": seconds}, indent=1))
 
 
@@ -931,7 +1271,7 @@ def write_samples(out: Path, after_each: str, folders: dict[str, Path]):
 def show_end(out: Path, files: str, model: str, started: float):
     """The last lines on the console: where everything is, and how to load the model."""
     print(
-        f"{time.time() - started:.0f} s · {out}/{files} · the model:\n"
+        f"{time.monotonic() - started:.0f} s · {out}/{files} · the model:\n"
         f"  lm = AutoModelForCausalLM.from_pretrained({model!r})\n"
         f"  tok = AutoTokenizer.from_pretrained({model!r})"
     )

@@ -639,9 +639,9 @@ class Config:
     def __post_init__(self):
         job.check_positive(self, "beta", "lr", "selector_lr", "fit_steps", "batch", "micro_batch")
         job.check_positive(self, "save_every", "eval_every", "max_prompt", "max_response")
-        job.check_positive(self, "test_pairs", "epochs", "clip", "preselect_splits", "pool")
+        job.check_positive(self, "test_pairs", "clip", "preselect_splits", "pool")
         job.check_positive(self, "selector_depth", "selector_width", "selector_pooling")
-        job.check_not_negative(self, "warmup", "replay", "explore", "margin_weight")
+        job.check_not_negative(self, "replay", "explore", "margin_weight")
         job.check_not_negative(self, "uncertainty_weight", "pretrain_rounds")
         for name in ("ratio", "preselect"):
             if not 0 < getattr(self, name) <= 1:
@@ -656,6 +656,7 @@ class Config:
                 "--selector_depth x --selector_width must divide by --selector_pooling"
             )
         job.check_positive(self, "limit", "max_steps")
+        job.check_run(self)
 
 
 # The paper's second setting. Its policy is Pythia-2.8B after an SFT on the chosen answers, so pass
@@ -731,7 +732,7 @@ def main():
     if c.dry_run:
         return
     out = job.open_run(c, [c.data, c.test], MAY_CHANGE)
-    started = time.time()
+    started = time.monotonic()
 
     # the reference's log-probs, once: no reference stays in memory
     data = Data(pairs, reference_logps(c, start, pairs), flipped)
@@ -826,21 +827,21 @@ def train(c, data: Data, held: Data, start: Model, folder: Path, encoder: dict |
     file, note = folder / "metrics.jsonl", folder.name
     run = job.TrainingRun(c, folder, steps, parts, device, metrics=file, note=note, keeps=keeps)
 
-    for step in run:  # goes on after a kill; ends on SIGTERM, and in reduce() on NaN
+    for step in run:  # goes on after a kill; ends on SIGTERM, and in write() on NaN
         batch = steps[step]
-        started = time.time()
+        started = time.monotonic()
 
         # observe
         seen = None
         if c.select not in BLIND:
             kind = c.context if bandit else None
             seen = observe(c, policy, data.pairs, batch, device, kind)
-        observed = time.time()
+        observed = time.monotonic()
 
         # reward the last picks and fit to them (Bandit.learn: Eqs. 6-8, batch_reward); then select
         places, learned = pick(c, data.take(batch), seen, bandit, step)
         selected = [batch[place] for place in places]
-        picked = time.time()
+        picked = time.monotonic()
 
         # train on these alone
         sums = descend(c, policy, data, selected, device)
@@ -1059,17 +1060,13 @@ def reference_logps(c, model: Model, pairs: list[Pair]) -> Tensor:
     """log pi_ref [n, 2] of the pairs, in a file in the folder --reference, which runs share.
 
     The file is named after the model and its weights, the token ids of prompts and answers (so data
-    and template too), and the number format: where one of these changes, another file is made.
+    and template too), and how the weights are cast: where one of these changes, another is made.
     """
-    folder = Path(model.path)
-    if folder.exists():
-        files = sorted(folder.glob("*.safetensors"))
-        weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    else:
-        _, config = common.load_tokenizer(model.path)
-        weights = getattr(config, "_commit_hash", None)
     ids = [job.seed_of(tuple(pair[:3])) for pair in pairs]
-    key = job.seed_of(model.path, weights, c.dtype, *ids)
+    cast = c.dtype
+    if c.dtype == "bfloat16" and dist.is_initialized() and c.parallel in ("fsdp", "hsdp"):
+        cast = "bfloat16 by FSDP"  # which casts norms, too: nats apart from autocast
+    key = job.seed_of(model.path, common.weights_stamp(model.path), cast, *ids)
     return logps_in_file(c, Path(c.reference) / f"{key:016x}.jsonl", model, pairs, "reference")
 
 
@@ -1080,30 +1077,35 @@ def logps_in_file(c, file: Path, model: Model, pairs: list[Pair], note: str) -> 
     job.phase, since under FSDP all ranks work on every batch together.
     """
     device = model.device
-    part = file.with_name(f"{file.name}.{job.seed_of(c.out):016x}.part")  # runs don't share work
+    # runs don't share work
+    part = file.with_name(f"{file.name}.{job.seed_of(str(Path(c.out).resolve())):016x}.part")
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = part.read_text().splitlines(keepends=True) if part.exists() else []
-        done = [line for line in lines if line.endswith("\n")]  # the last may be torn
-        job.barrier()
-        if job.on_rank_0():
-            job.write_atomic(part, "".join(done))
+        size = max(c.batch, c.micro_batch * job.world_size())
+        batches = [(start, start + size) for start in range(0, len(pairs), size)]
+        done = {tuple(entry["batch"]): entry["logps"] for entry in job.whole_lines(part)}
+        job.barrier()  # nobody writes before all have read
+        job.append(part, "\n")  # ends a line that a kill may have torn
 
         policy = shard(frozen_pooling_scorer, model.path, c, device)
-        size = max(c.batch, c.micro_batch * job.world_size())
-        for start in job.progress(range(len(done), len(pairs), size), note):
-            indices = list(range(start, min(start + size, len(pairs))))
+        for batch in job.progress([batch for batch in batches if batch not in done], note):
+            indices = list(range(len(pairs))[slice(*batch)])
             logps, _ = observe(c, policy, pairs, indices, device)
+            if not logps.isfinite().all():
+                job.die(f"{model.path}: its log-probs are not finite: a broken model, or data")
+            done[batch] = logps.tolist()
             if job.on_rank_0():
-                with open(part, "a") as out:
-                    out.write(job.json_lines(logps.tolist()))
-            stop = torch.tensor(float(job.STOP.is_set()), device=device)
-            if job.sum_ranks({"stop": stop})["stop"]:
-                job.stopped()
+                job.append(part, job.json_lines([{"batch": batch, "logps": done[batch]}]))
+            job.stop_if_asked()
         if job.on_rank_0():
-            os.replace(part, file)
+            rows = [row for batch in batches for row in done[batch]]
+            job.write_atomic(file, job.json_lines(rows))
+            part.unlink()
         job.barrier()
-    return torch.tensor(job.read_jsonl(file), device=device)
+
+    rows = job.read_jsonl(file, list)
+    if len(rows) != len(pairs) or any(len(row) != 2 for row in rows):
+        job.damaged(file, f"{len(rows)} rows, not {len(pairs)} pairs of numbers")
+    return torch.tensor(rows, device=device)
 
 
 def frozen_pooling_scorer(lm) -> PoolingScorer:
@@ -1413,16 +1415,20 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
-    """Clips, steps and clears the gradients; returns their norm before clipping."""
+    """Clips, steps and clears the gradients; returns their norm before clipping.
+
+    With a norm that is not finite there is no step, and TrainingRun.write() ends the run.
+    """
     params = []
     for group in optimizer.param_groups:
         group["lr"] = lr
         params += group["params"]
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    if norm.isfinite():
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
 
@@ -1457,9 +1463,10 @@ def setup(c) -> torch.device:
             f"--batch {c.batch} can't be divided by {world} ranks x --micro_batch {c.micro_batch}"
         )
     if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
+        job.check_files(c)  # before this takes minutes
         if job.on_rank_0():
             toy.make(Path("runs/toy"))
-        job.barrier()
+        job.stop_if_asked()
     return device
 
 

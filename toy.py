@@ -14,6 +14,7 @@ has seen), `pairs.jsonl` (preference pairs). The same seed gives the same bytes 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -107,7 +108,7 @@ def write_data(folder: Path, seed: int, rows: int):
                 "rejected": spoil(letters, rng),
             }
         )
-    (folder / "pairs.jsonl").write_text(job.json_lines(pairs))
+    job.write_atomic(folder / "pairs.jsonl", job.json_lines(pairs))
 
 
 def write_annotated(folder: Path, name: str, count: int, rng: random.Random, seen: set[str]):
@@ -117,7 +118,7 @@ def write_annotated(folder: Path, name: str, count: int, rng: random.Random, see
         letters = draw_new(rng, seen)
         response = annotate(letters, rng)
         annotated.append({"id": f"{name}-{i}", "prompt": letters, "response": response})
-    (folder / f"{name}.jsonl").write_text(job.json_lines(annotated))
+    job.write_atomic(folder / f"{name}.jsonl", job.json_lines(annotated))
 
 
 # ------------------------------------------------------------------------- models
@@ -190,7 +191,7 @@ def annotated_batch(tok, rng: random.Random, size: int) -> tuple[torch.Tensor, t
 def train_sft(tok, width: int, layers: int, steps: int, seed: int, snapshots: dict[int, Path]):
     """Supervised fine-tuning from scratch on fresh annotated prompts, 64 a step.
 
-    snapshots: {step: folder}, where the model is saved after these steps.
+    snapshots: {step: folder}, where the model is saved after these steps. SIGTERM ends it early.
     """
     from transformers.utils import logging
 
@@ -211,8 +212,11 @@ def train_sft(tok, width: int, layers: int, steps: int, seed: int, snapshots: di
         optimizer.zero_grad()
 
         if step in snapshots:
-            lm.save_pretrained(snapshots[step])
-            tok.save_pretrained(snapshots[step])
+            with job.all_or_nothing(snapshots[step]) as place:
+                lm.save_pretrained(place)
+                tok.save_pretrained(place)
+        if job.STOP.is_set():
+            return
 
 
 # ------------------------------------------------------------------------- the world
@@ -222,32 +226,57 @@ def make(folder: Path, seed: int = 0, steps: int = 300, rows: int = 2000):
     """Makes the world in `folder` (all or nothing), unless it is there.
 
     steps: optimizer steps of the large model. rows: annotated prompts to train on. Another world,
-    or anything else, in the folder ends the program.
+    or anything else, in the folder ends the program; SIGTERM leaves nothing. Who comes while
+    another program makes it waits for that.
     """
     stamp = {"world": WORLD, "seed": seed, "steps": steps, "rows": rows}
     if folder.exists():
         check_stamp(folder, stamp)
         return
 
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_data(temporary, seed, rows)
+    # one program makes it, others wait
+    lock = folder.with_name(folder.name + ".lock")
+    file = job.open_lock(lock)
+    if not job.is_locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        print(f"{folder} is being made by another program: waiting for it", flush=True)
+        job.is_locked(file, fcntl.LOCK_EX)
+    try:
+        if not folder.exists():
+            make_alone(folder, stamp)
+        if folder.exists():
+            check_stamp(folder, stamp)
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(file)
 
+
+def make_alone(folder: Path, stamp: dict):
+    """Makes the world that the stamp describes."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # a kill's
+    try:
+        fill(temporary, stamp["seed"], stamp["steps"], stamp["rows"])
+        if not job.STOP.is_set():
+            job.write_atomic(temporary / "world.json", json.dumps(stamp))
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fill(folder: Path, seed: int, steps: int, rows: int):
+    """Writes data and models of a world to `folder`."""
+    write_data(folder, seed, rows)
     tok = tokenizer()
-    large = {round(0.6 * steps): temporary / "sft-early", steps: temporary / "sft"}
-    small = {steps // 2: temporary / "sft-small"}
+    large = {round(0.6 * steps): folder / "sft-early", steps: folder / "sft"}
+    small = {steps // 2: folder / "sft-small"}
     train_sft(tok, width=128, layers=3, steps=steps, seed=seed, snapshots=large)
     train_sft(tok, width=64, layers=2, steps=steps // 2, seed=seed + 1, snapshots=small)
-
-    (temporary / "world.json").write_text(json.dumps(stamp))
-    os.replace(temporary, folder)
 
 
 def check_stamp(folder: Path, stamp: dict):
     """Ends the program if `folder` is not the world that the stamp describes."""
     file = folder / "world.json"
-    if not file.is_file() or json.loads(file.read_text()) != stamp:
+    if not file.is_file() or job.read_json(file, f"delete {folder}") != stamp:
         job.die(
             f"{folder} is there but is not this toy world {stamp}: "
             "delete it, or name another folder"
@@ -273,7 +302,10 @@ def main():
         help="seed of the data and the models (default: 0)",
     )
     args = parser.parse_args()
+    job.check_out(args.out)
+    job.stop_on_sigterm()
     make(args.out, args.seed)
+    job.stop_if_asked()
     names = sorted(path.name for path in args.out.iterdir())
     print(f"{args.out}: " + ", ".join(names))
 

@@ -257,8 +257,9 @@ class Config:
         job.check_positive(self, "n_positive", "n_negative", "pairs_per_prompt", "slices", "rounds")
         job.check_positive(self, "clip_chosen", "clip_rejected", "beta", "lr", "batch")
         job.check_positive(self, "micro_batch", "sample_batch", "save_every", "max_prompt")
-        job.check_positive(self, "max_response", "test_prompts", "epochs", "clip")
-        job.check_not_negative(self, "temperature", "warmup", "n_scores")
+        job.check_positive(self, "max_response", "test_prompts", "clip")
+        job.check_not_negative(self, "temperature", "n_scores")
+        job.check_run(self)
         job.check_positive(self, "limit", "max_steps")
         for name, cells in CELLS.items():
             asked = getattr(self, name)
@@ -267,6 +268,8 @@ class Config:
         job.check_offload(self)
         if self.correct and self.judge == "none" and not self.verdicts and not self.export_pairs:
             raise ValueError("--judge none can't correct: use --no-correct, or --verdicts")
+        if self.export_pairs:
+            job.check_out(Path(self.export_pairs).parent, "--export_pairs")
 
 
 TOY = {
@@ -322,7 +325,7 @@ def main():
     if c.dry_run:
         return
     out = job.open_run(c, [c.data, c.test, c.verdicts], MAY_CHANGE)
-    started = time.time()
+    started = time.monotonic()
     sampling = Sampling(c.temperature, c.max_response, c.sample_batch)
     start = Slice(0, 0, 0, [], out / "start")
     worth = measure(c, start, policy, test_rows, sampling, judge)
@@ -452,12 +455,14 @@ def make_pairs(c, at: Slice, candidates: Candidates) -> tuple[list[dict], int]:
         rng = random.Random(job.seed_of(c.seed, "pairs", at.name, row["id"]))
         used = set()
         first = i * c.pairs_per_prompt
+        barren = 0  # crossings in a row that had nothing left
         for turn in range(first, first + c.pairs_per_prompt * len(crossings)):
-            if len(used) == c.pairs_per_prompt:
+            if len(used) == c.pairs_per_prompt or barren == len(crossings):
                 break
             positive, negative = crossings[turn % len(crossings)]
             positives, negatives = candidates.positives[positive], candidates.negatives[negative]
             free = unused_pairs(positives[i], negatives[i], used)
+            barren = 0 if free else barren + 1
             if not free:
                 continue
             chosen, rejected = rng.choice(free)
@@ -571,6 +576,7 @@ def judge_pairs(c, at: Slice, pairs: list[dict], judge) -> list[dict]:
         c.sample_batch,
         settings=[c.correct, c.judge, texts],
         note=f"{at.name}: correct",
+        ids=[pair["id"] for pair in pairs],
     )
     if judge:
         judge.free()
@@ -607,7 +613,7 @@ def correct_pairs(
 
     # a training that has begun goes on with the pairs that it was begun with
     state = at.folder / "state.pt"
-    if state.exists() and file.read_text() != text:
+    if state.exists() and not (file.exists() and file.read_bytes() == text.encode()):
         job.die(
             f"slice {at.name} is being trained on pairs with other verdicts: "
             f"go on with those, or delete {state}"
@@ -750,7 +756,7 @@ def train(c, at: Slice, pairs: list[Pair], start: Model):
     if c.offload_reference:
         common.blocks(reference.lm).cpu()  # now that TrainingRun has loaded all of it
 
-    for step in run:  # goes on after a kill; ends on SIGTERM, and in reduce() on NaN
+    for step in run:  # goes on after a kill; ends on SIGTERM, and in write() on NaN
         sums = descend(c, policy, reference, pairs, steps[step], device)
         lr = c.lr * lr_factor(step, len(steps), c.warmup)
         norm = take_step(optimizer, lr, c.clip)
@@ -910,6 +916,7 @@ def against_start(folder: Path, start: Path, judge, size: int, note: str) -> dic
         size,
         settings=[judge.spec, texts],
         note=f"{note}against the start",
+        ids=[row["id"] for row in new],
     )
     counts = Counter(row["verdict"] for row in rows)
     read = len(rows) - counts[None]
@@ -953,8 +960,9 @@ def score_spread(c, at: Slice, rows: list[dict], model: Model, sampling: Samplin
         list(range(len(rows))),
         work,
         c.sample_batch,
-        settings=[judge.spec, model.path, n],
+        settings=[judge.spec, n, common.texts(drawn)],
         note=f"{at.name}: score {n} each",
+        ids=[row["id"] for row in rows],
     )
     spread = [row for row in found if row["skewness"] is not None]
     return {
@@ -983,7 +991,7 @@ def training_summary(
         counts[fate[meta["verdict"]]] += 1
         counts["unreadable"] += meta["unreadable"]
 
-    steps = [line for line in job.read_jsonl(out / "metrics.jsonl") if line["slice"] == at.name]
+    steps = job.metrics_of(out / "metrics.jsonl", at.number)
     end = steps[-math.ceil(len(steps) / 4) :]
     return {
         "round": at.round,
@@ -1021,7 +1029,8 @@ def show_plan(c, tok, parts, test_rows: list[dict], dropped: Counter, device):
         f"data {c.data}: {prompts} training prompts in slices of {len(parts[0])}, "
         f"{len(test_rows)} held-out prompts" + job.left_out_note(dropped)
     )
-    steps = len(step_order(len(parts[0]) * c.pairs_per_prompt, c))
+    steps = c.epochs * math.ceil(len(parts[0]) * c.pairs_per_prompt / c.batch)
+    steps = min(steps, c.max_steps or steps)
     print(job.batch_note(c, f"at most {steps} steps a slice", device))
     lm = lm_shapes(c.model)
     what = {"layers": common.blocks(lm), "chunk": common.CHUNK}
@@ -1163,16 +1172,20 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
-    """Clips, steps and clears the gradients; returns their norm before clipping."""
+    """Clips, steps and clears the gradients; returns their norm before clipping.
+
+    With a norm that is not finite there is no step, and TrainingRun.write() ends the run.
+    """
     params = []
     for group in optimizer.param_groups:
         group["lr"] = lr
         params += group["params"]
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    if norm.isfinite():
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
 
@@ -1207,9 +1220,10 @@ def setup(c) -> torch.device:
             f"--batch {c.batch} can't be divided by {world} ranks x --micro_batch {c.micro_batch}"
         )
     if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
+        job.check_files(c)  # before this takes minutes
         if job.on_rank_0():
             toy.make(Path("runs/toy"))
-        job.barrier()
+        job.stop_if_asked()
     return device
 
 

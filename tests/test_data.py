@@ -9,6 +9,7 @@ import json
 import re
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 import transformers
 from conftest import dnpo_flags, script
 
+import common
 import datafiles
 import dnpo
 import generate
@@ -669,8 +671,8 @@ def test_a_wrong_flag_is_named(flags, words, refused, bare, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--model=", ["--model", "missing"]),
-        ("--out=", ["--out", "missing"]),
+        ("--model=", ["--model", "empty"]),
+        ("--out=", ["--out", "empty"]),
         ("--n 0", ["--n", "above 0"]),
         ("--temperature -1", ["--temperature"]),
         ("--max_new 3", ["--max_new"]),
@@ -1156,6 +1158,7 @@ def test_a_run_is_resumed_only_with_its_own_config(
     out.mkdir()
     config = job.parse(dnpo.Config, PRESETS, [str(flag) for flag in begun])
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    (out / "run.json").write_text(json.dumps({"made_by": "dnpo.py"}))
     before = contents(out)
 
     line = refused(dnpo, *begun, "--beta", 0.25, "--resume")
@@ -1194,7 +1197,7 @@ def test_an_endpoint_that_does_not_answer_is_named(refused, bare, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "spec", ["gpt-4o", "toy:1", "none:", "rm:", "hf:", "api:", "openai:gpt-4o", ""]
+    "spec", ["gpt-4o", "toy:1", "none:", "rm:", "hf:", "api:", "openai:gpt-4o"]
 )
 def test_a_judge_that_is_none_is_refused(spec, refused, bare, tmp_path):
     """--judge is toy, hf:PATH, rm:PATH, api:MODEL or none: the answer to others is this list."""
@@ -1337,3 +1340,88 @@ def test_every_flag_has_a_help_text_with_its_default(config, presets, monkeypatc
         words = re.findall(r"[A-Za-z\d]{2,}", meaning)
         assert len(words) >= 3, (field.name, entry)
         assert f"(default: {field.default}" in entry, field.name
+
+
+# ---------------------------------------------------------------- hostile input
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    """Files that come from Windows begin with one; a fault behind it is found in its line."""
+    path = tmp_path / "bom.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "x", "response": "y"}\n')
+    (row,), _ = datafiles.load_rows(str(path), "response")
+    assert row["response"] == "y"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "[" + "7" * 5000 + "]"])
+def test_json_that_no_reader_takes_is_broken(tmp_path, capsys, suffix, text):
+    """A hundred thousand brackets or a number of 5000 digits: one line."""
+    path = tmp_path / f"deep{suffix}"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        datafiles.load_rows(str(path), "response")
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {path}:1: broken JSON (")
+    assert err.count("\n") == 1
+
+
+def test_many_rows_of_one_id_are_quick(tmp_path):
+    """They get names of their own, x, x-2, x-3 and so on, in seconds for 8000 rows."""
+    rows = [{"id": "x", "prompt": str(i), "response": "y"} for i in range(8000)]
+    rows.insert(2, {"id": "x-3", "prompt": "another", "response": "y"})
+    started = time.monotonic()
+    found, _ = datafiles.load_rows(jsonl(tmp_path, *rows), "response")
+    assert time.monotonic() - started < 3
+    names = [row["id"] for row in found]
+    assert names[:5] == ["x", "x-2", "x-3", "x-4", "x-5"]
+    assert names[-1] == "x-8001"
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("{{ 1 / 0 }}", "refuses a prompt of ['user']: division by zero"),
+        ("{{ messages[7]['content'] + 1 }}", "refuses a prompt of ['user']"),
+        ("", "makes nothing of a prompt of ['user']"),
+    ],
+)
+def test_a_template_may_fail_with_anything(capsys, template, words):
+    """It is a program: whatever it raises, and nothing at all, is one line."""
+    tok = toy.tokenizer()
+    tok.chat_template = template
+    with pytest.raises(SystemExit) as stop:
+        common.prompt_ids(tok, [{"role": "user", "content": "abc"}])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+EVIL = "import pathlib; pathlib.Path({marker!r}).touch()\nclass Config: pass\n"
+
+
+def test_a_models_own_code_is_never_run(tmp_path, monkeypatch, capsys):
+    """Also where somebody sits at the terminal who would say yes to it."""
+    marker = tmp_path / "marker"
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(SystemExit):
+        common.load_tokenizer(str(folder))
+    assert "can be loaded" in capsys.readouterr().err
+    assert not marker.exists()
+
+
+def test_missing_data_are_found_before_the_toy_world_is_made(tmp_path, monkeypatch, capsys):
+    """Which would take a minute."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy, "make", lambda *_: pytest.fail("a world was made"))
+    set_flags(monkeypatch, dnpo, ["--preset", "toy", "--data", "nope.jsonl"])
+    with pytest.raises(SystemExit) as stop:
+        dnpo.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: nope.jsonl: no such file\n"

@@ -1115,6 +1115,35 @@ def test_figures_are_drawn_of_finished_runs_alone(world, tmp_path, monkeypatch, 
 # ------------------------------------------------------------------------- bad input
 
 
+def test_log_probs_that_are_no_numbers_are_no_result(world, tmp_path, monkeypatch):
+    """A diverged model has no accuracy; nothing is left but the lock."""
+    tok, _ = common.load_tokenizer(str(world / "sft"))
+    lm = common.load_lm(str(world / "sft"), torch.float32, "cpu")
+    with torch.no_grad():
+        lm.model.norm.weight.fill_(math.nan)
+    lm.save_pretrained(tmp_path / "model")
+    tok.save_pretrained(tmp_path / "model")
+    flags = [tmp_path / "model", "--pairs", world / "pairs.jsonl", "--limit", 8]
+    with pytest.raises(SystemExit, match="model: its log-probs are not finite"):
+        run(monkeypatch, evaluate, *flags, "--out", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+def test_a_refused_evaluation_makes_no_folder(world, tmp_path, monkeypatch):
+    """Nor may an exported file's name lead out of it."""
+    sft, out = world / "sft", tmp_path / "out"
+    export = [sft, "--export", "mt_bench", "--questions", world / "test.jsonl"]
+    for flags in (
+        [sft, "--pairs", tmp_path / "none.jsonl"],
+        [sft, "--pairs", world / "pairs.jsonl", "--seed", -1],
+        [*export, "--name", "../../x"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, evaluate, *flags, "--out", out)
+        assert stop.value.code == 2
+    assert not out.exists()
+
+
 def test_bad_input_is_one_line(world, tmp_path, monkeypatch, capsys):
     """Exit code 2 and one line on stderr that names the cause, before any weight is read."""
     (tmp_path / "broken.jsonl").write_text("{")
@@ -1155,7 +1184,7 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch, capsys):
         ("question 1 needs up to", [*alpaca_eval, "--questions", tmp_path / "long.json"]),
         ("no finished run", ["--figures", tmp_path / "half"]),
         ("not a run of", ["--figures", tmp_path / "odd"]),
-        ("is a file", [*pairs, "--out", world / "pairs.jsonl"]),
+        ("is no folder", [*pairs, "--out", world / "pairs.jsonl"]),
     ]
     for cause, flags in cases:
         if "--out" not in flags:

@@ -6,10 +6,12 @@ And sharding in every shape. With sams.py, whose scaffold is the others'.
 import errno
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -38,6 +40,7 @@ import common
 import dnpo
 import job
 import sams
+import toy
 import tso
 
 
@@ -338,6 +341,56 @@ def test_a_full_disk_leaves_no_half_checkpoint(monkeypatch, plain, flags, tmp_pa
     assert_same(out, plain, exact=True)
 
 
+def mounted(folder: Path, size: str, *, again: bool = False) -> bool:
+    """Mounts a small file system in memory on a folder, or changes its size, where that may be."""
+    options = f"remount,size={size}" if again else f"size={size}"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+    try:
+        return subprocess.run(mount, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("size, file", [("4m", "state.pt"), ("1500k", "checkpoint")])
+def test_a_disk_that_is_really_full(monkeypatch, plain, flags, tmp_path, size, file):
+    """torch and safetensors each have an error of their own; with room the run goes on."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if not mounted(folder, size):
+        pytest.skip("no file system may be mounted here")
+    every = 2 if file == "state.pt" else 100
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, sams, *flags(folder / "run", save_every=every))
+        assert f"{file} could not be written (the disk is full: " in stop.value.code
+        assert "make room, then start again, a run with --resume" in stop.value.code
+        assert not list(folder.rglob("*.tmp"))
+        assert mounted(folder, "64m", again=True)
+        run(monkeypatch, sams, *flags(folder / "run", save_every=every), "--resume")
+        assert_same(folder / "run", plain, exact=True)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_gradient_that_is_no_number_is_not_stepped_with(monkeypatch, flags, tmp_path):
+    """Its own rows are named, and the state is that of the step before: it goes on from there."""
+    out, descend, calls = tmp_path / "run", sams.descend, []
+
+    def broken(c, policy, data, indices, device):
+        sums = descend(c, policy, data, indices, device)
+        calls.append([data.pairs[i].id for i in indices])
+        if len(calls) == 3:
+            next(policy.parameters()).grad[0, 0] = math.nan  # the loss was a number
+        return sums
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sams, "descend", broken)
+        run(patch, sams, *flags(out, save_every=1))
+    assert stop.value.code.startswith(f"error: the grad_norm is nan at step 3, rows {calls[2]}: ")
+    assert steps_of(out) == [1, 2]
+    assert saved_step(out) == 2
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_names_the_rows(monkeypatch, flags, tmp_path, value):
     """The run stops in that step with the ids of the pairs that were trained on.
@@ -360,6 +413,44 @@ def test_a_loss_that_is_no_number_names_the_rows(monkeypatch, flags, tmp_path, v
     named = [name for name in stop.value.code.split("'") if name.startswith("pair-")]
     assert len(named) == 8
     assert len(metrics(out)) == 1
+
+
+# ---------------------------------------------------------------- the toy world
+
+
+def test_a_world_that_is_made_twice_at_once_is_made_once(tmp_path):
+    """The second waits for the first, and no lock is left."""
+    folder, made, children = tmp_path / "toy", tmp_path / "made", []
+    make_alone = toy.make_alone
+
+    def note(*args):
+        make_alone(*args)
+        made.touch(exist_ok=False)
+
+    for _ in range(2):
+        child = os.fork()
+        if not child:
+            try:
+                toy.make_alone = note
+                toy.make(folder, steps=4, rows=8)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    for child in children:
+        _, status = os.waitpid(child, 0)
+        assert status == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["made", "toy"]
+    assert (folder / "sft/model.safetensors").is_file()
+
+
+def test_a_world_that_is_told_to_stop_leaves_nothing(monkeypatch, tmp_path):
+    """Half of it would be a world without models."""
+    asked = threading.Event()
+    asked.set()
+    monkeypatch.setattr(job, "STOP", asked)
+    toy.make(tmp_path / "toy", steps=4, rows=8)
+    assert [file.name for file in tmp_path.iterdir()] == ["toy.lock"]
 
 
 # ---------------------------------------------------------------- files

@@ -5,11 +5,15 @@ The training here is a linear layer that AdamW fits, so that a run takes millise
 
 import dataclasses
 import datetime
+import errno
+import io
 import json
 import math
 import os
+import re
 import signal
 import sys
+import time
 import traceback
 from types import SimpleNamespace
 from typing import Literal
@@ -18,7 +22,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import lines
+from safetensors import SafetensorError
 
+import dnpo
 import job
 
 STEPS = [[0, 1, 2], [3, 4, 5], [6, 7], [0, 2, 4], [1, 3, 5], [6]]
@@ -86,6 +92,7 @@ def sums_of(loss: float, reward: float) -> dict[str, torch.Tensor]:
     values = {
         "loss": loss,
         "rewards/chosen": reward,
+        "rewards/size": abs(reward),
         "rewards/margins": -0.25,
         "rewards/accuracies": 0.75,
     }
@@ -140,8 +147,8 @@ def test_lines_after_the_saved_step_are_dropped_on_resume(tmp_path):
     assert Training(tmp_path).steps_on_file() == [1, 2]
 
 
-def test_lines_of_other_iterations_are_dropped_only_if_they_are_later(tmp_path):
-    """With {"iteration": 2}: those of iteration 1 stay, whatever their step; those of 3 go."""
+def test_lines_of_other_iterations_stay(tmp_path):
+    """With {"iteration": 2}: those of 1 and of 3 stay, whatever their step."""
     file = tmp_path / "metrics.jsonl"
     killed(tmp_path, dies_in=2, tags={"iteration": 2})
     found = [{"iteration": 1, "step": step} for step in (1, 2, 3, 4)]
@@ -151,7 +158,7 @@ def test_lines_of_other_iterations_are_dropped_only_if_they_are_later(tmp_path):
 
     Training(tmp_path, tags={"iteration": 2})
     kept = [(line["iteration"], line["step"]) for line in lines(file)]
-    assert kept == [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2)]
+    assert kept == [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1)]
 
 
 def test_a_run_without_a_saved_state_keeps_the_lines_of_the_iterations_before(tmp_path):
@@ -183,6 +190,7 @@ def test_what_a_run_keeps_is_saved_and_restored(tmp_path):
     assert bandit.rounds == 7
     for step in training.run:
         bandit.rounds += 1
+        training.measure(step)
         if step == 3:
             break  # steps 0 and 1 are saved
 
@@ -198,6 +206,52 @@ def test_a_state_without_a_kept_thing_leaves_it_as_it_is(tmp_path):
     training = Training(tmp_path, keeps={"bandit": bandit})
     assert bandit.rounds == 7
     assert training.run.first == 2
+
+
+@pytest.mark.parametrize("way", ["truncated", "empty", "garbage", "a list"])
+def test_a_damaged_state_is_named(tmp_path, capsys, way):
+    """One line says that the training begins again if the file is deleted, and so it does."""
+    killed(tmp_path, dies_in=2)
+    state = tmp_path / "state.pt"
+    content = state.read_bytes()
+    state.write_bytes({"truncated": content[:-100], "empty": b""}.get(way, b"garbage" * 9))
+    if way == "a list":
+        torch.save([1, 2], state)
+    assert f"{state} is damaged" in died(capsys, Training, tmp_path)
+    state.unlink()
+    assert Training(tmp_path).run.first == 0
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_steps_that_are_saved_must_have_their_lines(tmp_path, capsys, kept):
+    """Without its line, a step that will not be made again would be missing for ever."""
+    killed(tmp_path, dies_in=2)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:kept]))
+    line = died(capsys, Training, tmp_path)
+    assert str(file) in line
+    assert "state.pt" in line
+    (tmp_path / "state.pt").unlink()
+    assert Training(tmp_path).run.first == 0
+
+
+@pytest.mark.parametrize("more", [{"steps": STEPS[:4]}, {"tags": {"iteration": 2}}])
+def test_a_state_of_another_training_is_refused(tmp_path, capsys, more):
+    """A state of other data or of another iteration is no state of this one."""
+    killed(tmp_path, dies_in=2)
+    line = died(capsys, Training, tmp_path, **more)
+    assert "saved in another iteration or run" in line
+
+
+def died(capsys, work, *args, **more) -> str:
+    """The one line with which work() ends the program, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        work(*args, **more)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
 
 
 # ---------------------------------------------------------------- saving and stopping
@@ -229,7 +283,9 @@ def test_sigterm_lets_the_step_end_saves_and_exits_with_0(sigterm, tmp_path, cap
     with pytest.raises(SystemExit) as stop:
         training.go(stops_in=1)
     assert stop.value.code == 0
-    assert capsys.readouterr().err == "SIGTERM: what is done is saved; go on with --resume\n"
+    assert capsys.readouterr().err == (
+        "SIGTERM: what is done is saved; start again, a run with --resume\n"
+    )
     assert training.made == [0, 1]
     assert training.steps_on_file() == [1, 2]
     assert saved_step(tmp_path) == 2
@@ -240,12 +296,11 @@ def test_sigterm_lets_the_step_end_saves_and_exits_with_0(sigterm, tmp_path, cap
     assert again.made == [2, 3, 4, 5]
 
 
-def test_sigterm_in_the_last_step_ends_the_program_too(sigterm, tmp_path):
-    """The step's line is there, and nothing is saved: --resume makes the last steps again."""
+def test_sigterm_in_the_last_step_lets_the_checkpoint_be_written(sigterm, tmp_path):
+    """The loop ends as if nothing had come, and what follows it is the checkpoint."""
     training = Training(tmp_path, save_every=4)
-    with pytest.raises(SystemExit) as stop:
-        training.go(stops_in=5)
-    assert stop.value.code == 0
+    training.go(stops_in=5)
+    assert job.STOP.is_set()
     assert training.steps_on_file() == [1, 2, 3, 4, 5, 6]
     assert saved_step(tmp_path) == 4
 
@@ -308,6 +363,25 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(sigterm, tmp_path, c
     assert saved_step(tmp_path) == 2
 
 
+def test_a_signal_to_one_rank_stops_a_phase_on_all(sigterm, tmp_path, capfd):
+    """Rank 1 ends after the batch that it is at, rank 0 waits no longer; finished batches stay."""
+    path = tmp_path / "rows.jsonl"
+
+    def work(rank):
+        def rows(items, number):
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return [{"item": item} for item in items]
+
+        job.phase(path, list(range(8)), rows, 1)
+
+    codes = on_two_ranks(tmp_path, work)
+    assert codes == [0, 0], capfd.readouterr().err
+    assert not path.exists()
+    done = [[row["batch"] for row in job.whole_lines(part)] for part in job.parts_of(path)]
+    assert done == [[0, 2, 4, 6], [1]]
+
+
 @pytest.mark.parametrize(
     "place, where",
     [("iteration 3", "iteration 3, step 1"), ("", "step 1")],
@@ -319,9 +393,47 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, loss, name, place, wher
     with pytest.raises(SystemExit) as stop:
         training.go(loss=loss)
     assert stop.value.code == (
-        f"error: the loss is {name} at {where}, rows ['x', 'y']: lower --lr, or look at these rows"
+        f"error: the loss is {name} at {where}, rows ['x', 'y']: "
+        "lower the learning rate, or look at these rows"
     )
     assert training.steps_on_file() == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["grad_norm", "selector/fit"])
+def test_whatever_a_step_has_measured_must_be_a_number(tmp_path, name, value):
+    """The step's own rows are named; it leaves no line, and no state is saved after it."""
+    training = Training(tmp_path, save_every=1)
+    with pytest.raises(SystemExit) as stop:
+        for step in training.run:
+            metrics = training.run.reduce(step, sums_of(0.5, 0.0), [f"row {step}"])
+            norm = value if step == 2 and name == "grad_norm" else 1.0
+            if step == 2 and name != "grad_norm":
+                metrics[name] = value
+            training.run.write(step, metrics, lr=0.1, grad_norm=norm)
+    assert stop.value.code.startswith(f"error: the {name} is {value} at step 3, rows ['row 2']")
+    assert training.steps_on_file() == [1, 2]
+    assert saved_step(tmp_path) == 2
+
+
+@pytest.mark.parametrize("norm, steps", [(math.nan, 0), (math.inf, 0), (1.0, 1)])
+def test_there_is_no_step_with_a_gradient_that_is_no_number(norm, steps):
+    """The weight stays as it was, the gradient is gone, and the norm is returned."""
+    weight = torch.nn.Parameter(torch.tensor(2.0))
+    weight.grad = torch.tensor(norm)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    assert dnpo.take_step(optimizer, 0.5, clip=9.0) == pytest.approx(norm, nan_ok=True)
+    assert weight.item() == 2.0 - 0.5 * steps
+    assert weight.grad is None
+
+
+def test_rewards_that_cancel_are_warned_of_too(tmp_path, capsys):
+    """Before the first step their mean is 0, but not their size."""
+    training = Training(tmp_path)
+    sums = {**sums_of(0.5, 0.0), "rewards/size": torch.tensor(0.25)}
+    metrics = training.run.reduce(0, sums, [])
+    assert "a reward of +0.0000, in absolute value 0.2500" in capsys.readouterr().err
+    assert "rewards/size" not in metrics
 
 
 @pytest.mark.parametrize("reward", [0.0011, -0.5])
@@ -333,7 +445,7 @@ def test_a_policy_that_is_not_its_reference_is_warned_of_before_the_first_step(
     training.go(reward=reward)
     assert capsys.readouterr().err == (
         "warning: before the first step the policy differs from its reference "
-        f"by a reward of {reward:+.4f}; it should be 0\n"
+        f"by a reward of {reward:+.4f}, in absolute value {abs(reward):.4f}; both should be 0\n"
     )
     assert len(training.made) == 6
 
@@ -350,12 +462,12 @@ def test_rounding_is_not_warned_of_and_later_rewards_are_what_training_is_for(tm
 
 
 class Clock:
-    """A time.time() that stands still between two steps."""
+    """A time.monotonic() that stands still between two steps."""
 
     def __init__(self):
         self.now = 100.0
 
-    def time(self) -> float:
+    def monotonic(self) -> float:
         return self.now
 
 
@@ -434,6 +546,137 @@ def test_a_line_of_metrics_has_tags_step_sums_and_what_the_step_was_made_with(
     )
 
 
+def test_a_clock_that_stands_still_ends_nothing(monkeypatch, tmp_path):
+    """A step of no duration has a rate all the same."""
+    monkeypatch.setattr(job, "time", Clock())
+    training = Training(tmp_path)
+    training.go()
+    assert all(math.isfinite(line["pairs_per_second"]) for line in lines(training.file))
+
+
+# ---------------------------------------------------------------- the console
+
+
+def test_nobody_needs_to_read_what_a_run_says():
+    """A pipe whose reader has left takes everything and ends nothing."""
+    read, write = os.pipe()
+    console = job.Console(os.fdopen(write, "w"))
+    console.write("a line\n")
+    os.close(read)
+    console.flush()
+    print("x" * 100_000, file=console, flush=True)
+    console.close()
+
+
+def test_a_terminal_without_the_characters_shows_question_marks():
+    """An ASCII terminal's encoding ends nothing."""
+    raw = io.BytesIO()
+    console = job.Console(io.TextIOWrapper(raw, encoding="ascii"))
+    print("step 1 · loss", file=console, flush=True)
+    assert raw.getvalue() == b"step 1 ? loss\n"
+
+
+# ---------------------------------------------------------------- one program at a time
+
+
+def holder(monkeypatch, path, rank: int, world: int) -> int:
+    """A process, one of a run's ranks, that holds a lock until it is killed; returns its id."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(job, "rank", lambda: rank)
+        monkeypatch.setattr(job, "world_size", lambda: world)
+        job.hold(path, path.parent)
+        os.write(told, b".")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    return child
+
+
+def test_a_lock_names_its_holder_and_is_free_when_that_is_dead(monkeypatch, tmp_path, capsys):
+    """Killed or ended: nobody has to delete anything."""
+    lock = tmp_path / "lock"
+    child = holder(monkeypatch, lock, rank=0, world=1)
+    line = died(capsys, job.hold, lock, tmp_path)
+    assert f"{tmp_path} is in use by process {child} on " in line
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    job.hold(lock, tmp_path)
+    job.hold(lock, tmp_path)  # the same program may come again
+
+
+def test_a_rank_that_has_outlived_the_others_keeps_the_lock(monkeypatch, tmp_path, capsys):
+    """Every rank of a run holds it, and so a newcomer is refused as long as one of them lives."""
+    lock = tmp_path / "lock"
+    first = holder(monkeypatch, lock, rank=0, world=2)
+    second = holder(monkeypatch, lock, rank=1, world=2)
+    for child in (first, second):
+        assert f"is in use by process {first} on " in died(capsys, job.hold, lock, tmp_path)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    job.hold(lock, tmp_path)
+
+
+# ---------------------------------------------------------------- phases
+
+
+def numbered(path, n: int, **more) -> list[dict]:
+    """A phase that makes n rows with the ids "0", "1", ... in batches of two."""
+
+    def work(items, number):
+        return [{"id": str(item)} for item in items]
+
+    items = list(range(n))
+    return job.phase(path, items, work, 2, ids=[str(item) for item in items], **more)
+
+
+@pytest.mark.parametrize(
+    "way, words",
+    [
+        (lambda text: text[:30], ":3 is damaged (JSONDecodeError"),
+        (lambda text: "", "is damaged (0 rows, not 6)"),
+        (lambda text: text[12:], "is damaged (5 rows, not 6)"),
+        (lambda text: text[12:] + text[:12], "a row '1' where '0' is expected"),
+        (lambda text: text.replace("0", "\0"), ":1 is damaged"),
+        (lambda text: text.replace("0", "\udcff"), ":1 is damaged (UnicodeDecodeError"),
+        (lambda text: "7\n" * 6, ":1 is damaged (a int, not a dict)"),
+    ],
+)
+def test_a_file_of_a_finished_phase_is_looked_at(tmp_path, capsys, way, words):
+    """Torn, empty, shortened, reordered, binary or of other rows: it is named, and made again."""
+    path = tmp_path / "rows.jsonl"
+    whole = numbered(path, 6)
+    path.write_bytes(way(path.read_text()).encode(errors="surrogateescape"))
+    line = died(capsys, numbered, path, 6)
+    assert words in line
+    assert "delete it, and it is made again" in line
+    path.unlink()
+    assert numbered(path, 6) == whole
+
+
+def test_a_damaged_part_costs_its_batch_only(tmp_path):
+    """Lines that are no rows of ours are left out, whatever is in them; names may hold brackets."""
+    path = tmp_path / "rows[1].jsonl"
+    asked = []
+
+    def work(items, number):
+        asked.append(number)
+        if number == 2:
+            raise KeyError
+        return [{"item": item} for item in items]
+
+    with pytest.raises(KeyError):
+        job.phase(path, list(range(6)), work, 2)
+    part = tmp_path / "rows[1].jsonl.part0"
+    content = part.read_bytes()
+    part.write_bytes(b"\xff\xfe\n[1]\n" + b"[" * 9999 + b"\n" + content + b'{"stamp": "\0')
+    asked.clear()
+    with pytest.raises(KeyError):
+        job.phase(path, list(range(6)), work, 2)
+    assert asked == [2]
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -454,13 +697,129 @@ def test_a_failed_write_leaves_the_old_file_and_one_line(tmp_path):
         temporary.write_text("half")
         raise OSError("disk full\nand more")
     assert stop.value.code == (
-        f"error: {path} could not be written (disk full); the last state is intact: "
-        "make room, then go on with --resume"
+        f"error: {path} could not be written (disk full); what was there is intact: "
+        "mend that, then start again, a run with --resume"
     )
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(KeyError), job.all_or_nothing(path):
         raise KeyError
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "(the disk is full: "),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "(the disk is full: "),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "(the disk is full:"),
+        (RuntimeError("unexpected pos 64 vs 0"), "(unexpected pos 64 vs 0): mend that"),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), "File name too long): mend that"),
+    ],
+)
+def test_what_a_disk_refuses_is_one_line(tmp_path, fault, words):
+    """Whoever says it, and without a last one that would be intact."""
+    with pytest.raises(SystemExit) as stop, job.all_or_nothing(tmp_path / "a/state"):
+        raise fault
+    assert words in stop.value.code
+    assert "intact" not in stop.value.code
+    assert "\n" not in stop.value.code
+
+
+# ---------------------------------------------------------------- the run's folder
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags:
+    """The flags that open_run reads, and one that it compares."""
+
+    out: str
+    data: str = ""
+    beta: float = 0.1
+    resume: bool = False
+    overwrite: bool = False
+
+
+def opened(out, **more):
+    """A run's folder, as a script makes or enters it."""
+    c = RunFlags(str(out), **more)
+    return job.open_run(c, [c.data], ("resume", "overwrite"))
+
+
+def test_only_a_run_of_ours_is_overwritten(tmp_path, capsys):
+    """A model's folder has a config.json too; a run loses all but its lock."""
+    model, run = tmp_path / "model", tmp_path / "run"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    assert "holds no run" in died(capsys, opened, model, overwrite=True)
+    assert [file.name for file in model.iterdir()] == ["config.json"]
+
+    opened(run)
+    (run / "iter1").mkdir()
+    (run / "metrics.jsonl").touch()
+    opened(run, overwrite=True)
+    assert sorted(file.name for file in run.iterdir()) == ["config.json", "lock", "run.json"]
+
+
+@pytest.mark.parametrize("place", ["", "..", "below/it"])
+def test_a_run_is_not_made_where_its_input_is(tmp_path, capsys, place):
+    """Equal to, above, or inside of a folder that another flag names."""
+    model = tmp_path / "a/model"
+    model.mkdir(parents=True)
+    line = died(capsys, opened, model / place, data=str(model), overwrite=True)
+    assert "--data" in line or "holds no run" in line
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a", model]
+
+
+def test_data_that_were_edited_since_the_start_are_refused(tmp_path, capsys):
+    """--resume compares the hash that run.json has, and a moved run is the same run."""
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text("old")
+    opened(run, data=str(data))
+    os.close(job.HELD.pop(run / "lock"))  # as when its process ends
+    run.rename(tmp_path / "moved")
+    c = RunFlags(str(tmp_path / "moved"), str(data), resume=True)
+    job.open_run(c, [c.data], ("out", "resume"))
+
+    data.write_text("new")
+    line = died(capsys, opened, tmp_path / "moved", data=str(data), resume=True)
+    assert f"{data} is not what it was" in line
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"7", b"\xff", b"[" * 9999])
+def test_a_damaged_record_of_a_run_is_named(tmp_path, capsys, name, content):
+    """It says what to do, instead of a traceback."""
+    opened(tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    line = died(capsys, opened, tmp_path / "run", resume=True)
+    assert f"{tmp_path / 'run' / name} is damaged" in line
+
+
+def test_a_torn_end_of_the_metrics_is_mended_before_anyone_reads_them(tmp_path):
+    """Also where the training whose line it is has ended long ago."""
+    run = opened(tmp_path / "run")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    opened(run, resume=True)
+    assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_machine_without_git_has_no_commit(tmp_path, monkeypatch):
+    """A slim container has no git."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = opened(tmp_path / "run")
+    assert json.loads((run / "run.json").read_text())["git"] is None
+
+
+@pytest.mark.parametrize("kind", ["file", "device", "link", "long", "below a file"])
+def test_an_out_that_can_be_no_folder_is_refused(tmp_path, capsys, kind):
+    """One line, before anything is written."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    places = {"device": "/dev/null", "long": tmp_path / ("x" * 300)}
+    places["below a file"] = tmp_path / "file" / "x"
+    line = died(capsys, opened, places.get(kind, tmp_path / kind))
+    assert "choose another --out" in line
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 # ---------------------------------------------------------------- flags
@@ -570,6 +929,11 @@ def test_a_value_is_the_flags_else_the_presets_else_the_fields():
         (["--step", "3"], "unrecognized arguments: --step 3 (see --help)"),
         (["--limit"], "argument --limit: expected one argument (see --help)"),
         (["--steps", "-1"], "--steps must not be below 0"),
+        (["--rate", "nan"], "argument --rate: invalid float value: 'nan' (see --help)"),
+        (["--rate=-inf"], "argument --rate: invalid float value: '-inf' (see --help)"),
+        (["--rate", "x"], "argument --rate: invalid float value: 'x' (see --help)"),
+        (["--a_name", ""], "argument --a_name/--a-name: expected a text, not an empty one"),
+        (["--names", "a", " "], "argument --names: expected a text, not an empty one"),
     ],
 )
 def test_a_wrong_flag_ends_the_program_in_one_line(flags, message, capsys):
@@ -580,6 +944,25 @@ def test_a_wrong_flag_ends_the_program_in_one_line(flags, message, capsys):
     assert stop.value.code == 2
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"resume": True, "overwrite": True}, "--resume goes on, --overwrite begins again"),
+        ({"test": "./a.jsonl"}, "--test ./a.jsonl is --data"),
+        ({"warmup": 1.5}, "--warmup must be at least 0 and at most 1, not 1.5"),
+        ({"epochs": 10**6}, "--epochs must be above 0 and at most 1000, not 1000000"),
+        ({"epochs": 0}, "--epochs must be above 0 and at most 1000, not 0"),
+    ],
+)
+def test_flags_of_a_run_that_make_no_sense_are_named(more, words):
+    """Alone or together."""
+    sensible = {"resume": True, "overwrite": False, "data": "a.jsonl", "test": "b.jsonl"}
+    sensible.update(warmup=1.0, epochs=1000)
+    job.check_run(SimpleNamespace(**sensible))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        job.check_run(SimpleNamespace(**{**sensible, **more}))
 
 
 @pytest.mark.parametrize("value", [0, -1, math.nan])

@@ -575,6 +575,7 @@ def test_the_metrics_of_a_pair_are_named_as_in_trl():
         "rewards/rejected": [0.5, 2, 4],
         "rewards/margins": [0.5, 0, -1],
         "rewards/accuracies": [1, 0, 0],  # a tie is not right
+        "rewards/size": [1, 2, 3],
         "logps/chosen": [-1, -3, -5],
         "logps/rejected": [-2, -4, -6],
     }
@@ -963,3 +964,15 @@ def test_the_loss_is_that_of_trl(tmp_path):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4)
     assert batch["input_ids"].tolist() == ids.tolist()
     assert batch["completion_mask"].bool().tolist() == mask.tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_draw_nothing(temperature):
+    """Greedy sampling would take some token without a word."""
+    tok = toy.tokenizer()
+    lm = toy.new_model(tok, 16, 1, 0)
+    lm.name_or_path = "MODEL"
+    with torch.no_grad():
+        lm.model.norm.weight.fill_(math.nan)
+    with pytest.raises(SystemExit, match="^error: MODEL: its logits are not numbers"):
+        common.sample(lm, tok, [[1, 7, 8]], temperature, 4, seed=0)

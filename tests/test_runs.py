@@ -5,6 +5,7 @@ And the numbers of the report, recomputed from the run's files.
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -196,7 +197,9 @@ def test_the_other_updates_are_the_same_on_two_ranks_too(two, flags, name, more)
 
 
 def train_dnpo(c, pairs: list[Pair], start: Model, folder: Path):
-    dnpo.train(c, dnpo.Iteration(1, dsl=True, npo=True, folder=folder), pairs, start)
+    dnpo.train(
+        c, dnpo.Iteration(1, dsl=True, npo=True, folder=folder, dtype="float32"), pairs, start
+    )
 
 
 def train_tso(c, pairs: list[Pair], start: Model, folder: Path):
@@ -225,7 +228,7 @@ def test_an_offloaded_reference_leaves_the_device(
         policies[part] = options.get("offload_policy")
         return fully_shard(part, **options)
 
-    def note_load(path, parts):
+    def note_load(path, parts, training):
         happened.append("loaded")
         return {"step": 0}
 
@@ -368,8 +371,8 @@ KILLS = [
     ("before", "results.json"),
     ("before", "samples.md"),
 ]
-CHANGING = {"results.json", "metrics.jsonl", "run.json", "config.json"}
-# these hold clocks or the folder's name
+CHANGING = {"results.json", "metrics.jsonl", "run.json", "config.json", "lock"}
+# these hold clocks, processes or the folder's name
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -421,6 +424,40 @@ def generate_flags(world: Path, out: Path, **more) -> list:
     for name, value in more.items():
         flags += [f"--{name}", value]
     return flags
+
+
+def test_a_phase_of_a_finished_run_is_made_again_and_nothing_else(
+    monkeypatch, plain, flags, tmp_path
+):
+    """Without iter1/checkpoint, --resume trains that iteration again; all that came later stays."""
+    out = tmp_path / "run"
+    shutil.copytree(plain, out)
+    shutil.rmtree(out / "iter1/checkpoint")
+    run(monkeypatch, dnpo, *flags(out), "--resume")
+
+    assert results(out) == results(plain)
+    order = [(line["iteration"], line["step"]) for line in metrics(out)]
+    assert order == [(2, 1), (2, 2), (2, 3), (1, 1), (1, 2), (1, 3)]
+    assert sorted(metrics(out), key=lambda line: line["iteration"]) == metrics(plain)
+    assert_close(weights(out / "iter1/checkpoint"), weights(plain / "iter1/checkpoint"), atol=0)
+
+
+def test_a_training_without_lines_of_metrics_is_named(monkeypatch, plain, flags, tmp_path, capsys):
+    """Someone has deleted metrics.jsonl: one line says how it is made again."""
+    out = tmp_path / "run"
+    shutil.copytree(plain, out)
+    (out / "metrics.jsonl").unlink()
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, dnpo, *flags(out), "--resume")
+    assert stop.value.code == 2
+    assert "metrics.jsonl: no line of training 1" in capsys.readouterr().err
+
+
+def test_the_gradient_of_the_noise_is_watched_too(plain):
+    """Its norm is a metric of iterations with noise: one that is no number ends the run."""
+    for line in metrics(plain):
+        assert ("noise/grad_norm" in line) == (line["iteration"] == 2)
+        assert line.get("noise/grad_norm", 1.0) > 0
 
 
 def test_a_killed_generate_goes_on_and_loses_and_repeats_no_row(world, tmp_path):
@@ -879,7 +916,7 @@ def test_an_answer_that_was_cut_is_measured_without_an_end(monkeypatch, world, t
         return new
 
     monkeypatch.setattr(common, "generate", drawn)
-    at = dnpo.Iteration(2, dsl=True, npo=True, folder=tmp_path)
+    at = dnpo.Iteration(2, dsl=True, npo=True, folder=tmp_path, dtype="float32")
     dnpo.measure_logps(dnpo.Config(), at, model, pairs, sampling=None)
 
     lm = model.load()

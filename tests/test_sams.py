@@ -1128,17 +1128,17 @@ def test_the_selected_are_trained_on_and_no_others(plain):
     assert abs(line["selected/margin"] - line["unselected/margin"]) > 1e-3  # it could be seen
 
 
-def test_a_row_that_is_left_out_takes_its_mark_along(world):
+def test_a_row_that_is_left_out_takes_its_mark_along(world, tmp_path):
     """Which pairs are flipped stays true when prompts that are too long are left out."""
     pairs_file = str(world / "pairs.jsonl")
+    files = {"data": pairs_file, "test": None}
     more = {"max_prompt": 10, "max_response": 16, "flip": 0.4, "limit": 60, "encoder": "none"}
-    files = {"model": str(world / "sft"), "data": pairs_file, "test": pairs_file}
-    c = Config(**files, dtype="float32", **more)
+    c = Config(model=str(world / "sft"), dtype="float32", **files, **more)
     _, pairs, flipped, _ = sams.prepare(c, CPU)
 
-    rows, _ = datafiles.load_rows(pairs_file, "pair", 60)
+    rows, _ = datafiles.hold_out(datafiles.load_rows(pairs_file, "pair")[0])
     marks = {}
-    for row in flip_labels(rows, 0.4, 0):
+    for row in flip_labels(rows[:60], 0.4, 0):
         marks[row["id"]] = row["meta"].get("flipped", False)
     assert 10 < len(pairs) < 50
     assert flipped == [marks[pair.id] for pair in pairs]
@@ -1270,17 +1270,85 @@ def test_new_weights_under_an_old_name_are_scored_again(seven, world, tmp_path):
     assert torch.equal(early, sams.reference_logps(c, original, pairs))
 
 
-def test_a_killed_scoring_keeps_its_whole_lines_and_makes_the_torn_one_again(seven, tmp_path):
+def test_a_killed_scoring_keeps_its_whole_batches_and_makes_the_torn_one_again(seven, tmp_path):
     """What a killed start has written is neither made again nor trusted where it is torn."""
     c, model, pairs = seven
     whole = sams.logps_in_file(c, tmp_path / "whole.jsonl", model, pairs, "whole")
 
     part = tmp_path / f"killed.jsonl.{job.seed_of(c.out):016x}.part"
-    part.write_text("[1.0, 2.0]\n" * 6 + "[3.0, 4")
+    second = {"batch": [3, 6], "logps": [[1.0, 2.0]] * 3}
+    torn = {"batch": [0, 3], "logps": [[3.0, 4.0]] * 3}
+    part.write_text(json.dumps(second) + "\n" + json.dumps(torn)[:-9])
     found = sams.logps_in_file(c, tmp_path / "killed.jsonl", model, pairs, "killed")
-    assert found[:6].tolist() == [[1.0, 2.0]] * 6
-    assert torch.equal(found[6], whole[6])
+    assert found[3:6].tolist() == [[1.0, 2.0]] * 3
+    assert torch.equal(found[[0, 1, 2, 6]], whole[[0, 1, 2, 6]])
     assert not part.exists()
+
+
+def test_two_runs_of_one_relative_name_share_no_unfinished_scoring(monkeypatch, seven, tmp_path):
+    """The default --out in two folders is two runs: each has a part file of its own."""
+    c, model, pairs = seven
+    c = dataclasses.replace(c, out="run")
+    appended = []
+    monkeypatch.setattr(job, "append", lambda path, text: appended.append(path))
+    monkeypatch.setattr(job, "write_atomic", lambda path, text: path.touch())
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        with pytest.raises(FileNotFoundError):  # its part was not written
+            sams.logps_in_file(c, tmp_path / f"{folder}.jsonl", model, pairs, "")
+    one, two = {path.name.split(".")[2] for path in appended}
+    assert one != two
+
+
+@pytest.mark.parametrize("keep", [0, 5])
+def test_a_shared_file_of_log_probs_must_have_a_row_for_each_pair(seven, tmp_path, capsys, keep):
+    """Log-probs of 5 of 7 pairs would poison every run that shares them."""
+    c, model, pairs = seven
+    file = tmp_path / "shared.jsonl"
+    file.write_text("[1.0, 2.0]\n" * keep)
+    with pytest.raises(SystemExit) as stop:
+        sams.logps_in_file(c, file, model, pairs, "shared")
+    assert stop.value.code == 2
+    assert f"{file} is damaged ({keep} rows, not 7" in capsys.readouterr().err
+
+
+def test_log_probs_that_are_no_numbers_are_not_kept(monkeypatch, seven, tmp_path, capsys):
+    """Neither in the file that is shared nor in the part that is gone on with."""
+    c, model, pairs = seven
+    broken = sams.Seen(torch.full([3, 2], math.nan), None)
+    monkeypatch.setattr(sams, "observe", lambda *_, **__: broken)
+    with pytest.raises(SystemExit):
+        sams.logps_in_file(c, tmp_path / "shared.jsonl", model, pairs, "shared")
+    assert "log-probs are not finite" in capsys.readouterr().err
+    (part,) = tmp_path.glob("shared.jsonl*.part")
+    assert part.read_text() == "\n"
+
+
+def test_the_shared_log_probs_are_named_after_all_that_they_depend_on(monkeypatch, seven, tmp_path):
+    """How the weights are cast, which FSDP does in its own way, and files of torch's own format."""
+    c, model, pairs = seven
+    names = []
+
+    def note(c, file, *more):
+        names.append(file.name)
+
+    monkeypatch.setattr(sams, "logps_in_file", note)
+    folder = tmp_path / "model"
+    shutil.copytree(model.path, folder)
+    model = dataclasses.replace(model, path=str(folder))
+    half = dataclasses.replace(c, dtype="bfloat16", parallel="fsdp")
+    sams.reference_logps(c, model, pairs)
+    sams.reference_logps(half, model, pairs)
+    monkeypatch.setattr(sams.dist, "is_initialized", lambda: True)
+    sams.reference_logps(half, model, pairs)
+    sams.reference_logps(dataclasses.replace(half, parallel="ddp"), model, pairs)  # as one process
+    assert len(set(names)) == 3
+    assert names[3] == names[1]
+
+    (folder / "pytorch_model.bin").write_bytes(b"other weights")
+    sams.reference_logps(half, model, pairs)
+    assert names[4] not in names[:4]
 
 
 def test_a_scoring_that_is_asked_to_stop_ends_after_a_batch_and_goes_on(
@@ -1299,7 +1367,8 @@ def test_a_scoring_that_is_asked_to_stop_ends_after_a_batch_and_goes_on(
     assert end.value.code == 0
     assert not file.exists()
     (part,) = tmp_path.glob("stopped.jsonl.*.part")
-    assert len(lines(part)) == 3
+    (batch,) = job.whole_lines(part)
+    assert batch["batch"] == [0, 3]
     assert torch.equal(sams.logps_in_file(c, file, model, pairs, "stopped"), whole)
 
 

@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -1004,6 +1005,35 @@ def plain(world, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("plain") / "run"
     assert forked(tso, *tso_flags(world, PLAIN, out=out)) == 0
     return out
+
+
+def test_a_slice_of_a_finished_run_is_made_again_and_nothing_else(
+    monkeypatch, world, plain, tmp_path
+):
+    """Without its checkpoint, --resume trains that slice again; all that came later stays."""
+    out = tmp_path / "run"
+    shutil.copytree(plain, out)
+    shutil.rmtree(out / "round1-slice1/checkpoint")
+    run(monkeypatch, tso, *tso_flags(world, PLAIN, out=out), "--resume")
+    assert results(out) == results(plain)
+    assert sorted(metrics(out), key=lambda line: line["iteration"]) == metrics(plain)
+    again = weights(out / "round1-slice1/checkpoint")
+    assert_close(again, weights(plain / "round1-slice1/checkpoint"), atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_more_pairs_than_there_are_is_all_of_them(n):
+    """A million pairs a prompt are looked for only as long as there are any."""
+    rows = [{"id": str(i), "prompt": []} for i in range(n)]
+    answers = [[Answer(text, True) for text in "ab"] for _ in rows]
+    others = [[Answer(text, True) for text in "bcd"] for _ in rows]
+    candidates = Candidates({"current": answers}, {"older": others, "human": others})
+    at = Slice(1, 1, 1, rows, None)
+    started = time.monotonic()
+    pairs, without = make_pairs(Config(pairs_per_prompt=10**6, seed=1), at, candidates)
+    assert time.monotonic() - started < 1
+    assert len(pairs) == 5 * n  # a with b, c, d, and b with c, d
+    assert without == 0
 
 
 def naive_score(prompt: str, answer: str) -> float:
