@@ -634,10 +634,8 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
                 noise_norm = take_step(noise_optimizer, factor * c.noise_lr, c.clip)
 
         metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])  # of the last update
-        metrics = derived_metrics(metrics, c.beta, at.npo)
+        metrics = derived_metrics(metrics, c.beta, noise_norm if at.npo else None)
         tell_drop(at, step, metrics)
-        if at.npo:
-            metrics["noise/grad_norm"] = noise_norm
         run.write(step, metrics, lr=factor * c.lr, grad_norm=norm, more=drop_note(metrics))
     job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path, at.dtype)
 
@@ -725,18 +723,20 @@ def measure_drop(c, reference: nn.Module, micros: list[tuple], n: int) -> float:
     return job.sum_ranks(drops)["drop"]
 
 
-def derived_metrics(metrics: dict[str, float], beta: float, noise: bool) -> dict[str, float]:
+def derived_metrics(metrics: dict, beta: float, noise_norm: float | None) -> dict[str, float]:
     """A step's metrics, with roots and ratios in the place of mean squares.
 
     weights/spread is the standard deviation of sigmoid(-m) over the step's pairs, divided by its
-    mean: 0 if all pairs weigh the same. Without noise nothing is said of it.
+    mean: 0 if all pairs weigh the same. Without noise, whose gradient's norm is then None, nothing
+    is said of it.
     """
     metrics = dict(metrics)
     mean = metrics["weights/mean"]
     variance = max(0.0, metrics.pop("weights/square") - mean**2)
     metrics["weights/spread"] = variance**0.5 / max(mean, 1e-30)
-    if not noise:
+    if noise_norm is None:
         return {name: value for name, value in metrics.items() if not name.startswith("noise")}
+    metrics["noise/grad_norm"] = noise_norm
     metrics["noise/std"] = metrics.pop("noise/square") ** 0.5
     metrics["noise/drop_margin"] = beta * metrics["noise/drop"]
     return metrics

@@ -855,8 +855,7 @@ def train(c, data: Data, held: Data, start: Model, folder: Path, encoder: dict |
         if (step + 1) % c.eval_every == 0 or step + 1 == len(steps):
             metrics.update(measure(c, policy, held, device))
         run.write(step, metrics, lr=lr, grad_norm=norm)
-    dtype = c.save_dtype if folder == Path(c.out) else "float32"
-    job.save_checkpoint(folder / "checkpoint", policy, start.tok, start.path, dtype)
+    job.save_checkpoint(folder / "checkpoint", policy, start.tok, start.path, c.save_dtype)
 
 
 def all_steps(c, pairs: list[Pair]) -> list[list[int]]:
@@ -1119,7 +1118,8 @@ def easiest(c, data: Data, held: Data, start: Model, out: Path) -> list[int]:
     its mean loss under the models that never saw it; all of them go to out/difficulty.json.
     """
     n = len(data.pairs)
-    plain = replace(c, select="all", preselect=1.0)  # DPO, in a shuffled order
+    # DPO, in a shuffled order
+    plain = replace(c, select="all", preselect=1.0, save_dtype="float32")
     difficulty = torch.zeros(n, device=start.device)
     for split in range(c.preselect_splits):
         order = random.Random(job.seed_of(c.seed, "halves", split)).sample(range(n), n)

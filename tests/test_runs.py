@@ -642,7 +642,7 @@ def test_a_row_has_the_better_answer_on_top_or_says_why_it_is_left_out(
         "annotated": Answer("ab", True, annotated),
         "generated": Answer("ba", False, generated, [[8, 7]]),
     }
-    at = dnpo.Iteration(2, dsl, npo=False, folder=Path("iter2"))
+    at = dnpo.Iteration(2, dsl, npo=False, folder=Path("iter2"), dtype="float32")
     made = dnpo.preference_row(dnpo.Config(ties=ties), at, row, **answers)
 
     rejected = "generated" if chosen == "annotated" else "annotated"
@@ -714,7 +714,7 @@ def test_rows_that_are_left_out_are_left_out_of_the_next_iteration_too(mix, trai
     """What is counted is this iteration's; of the previous one only usable rows are mixed in."""
     pairs = [labelled("a"), labelled("b", "tie"), labelled("c", "unreadable")]
     previous = [labelled("d"), labelled("e", "tie"), labelled("f", "unreadable")]
-    at = dnpo.Iteration(2, dsl=True, npo=True, folder=Path("iter2"))
+    at = dnpo.Iteration(2, dsl=True, npo=True, folder=Path("iter2"), dtype="float32")
     c = dnpo.Config(mix_previous=mix)
     encoded, left_out = dnpo.encode(c, at, toy.tokenizer(), pairs, previous)
     assert [pair.id for pair in encoded] == trained
@@ -986,7 +986,7 @@ def test_only_readable_scores_that_are_equal_are_a_tie():
 )
 def test_a_noise_too_small_to_act_is_warned_about(capsys, beta, line):
     """It is where beta times the drop is below 0.05."""
-    at = dnpo.Iteration(2, dsl=True, npo=True, folder=Path("iter2"))
+    at = dnpo.Iteration(2, dsl=True, npo=True, folder=Path("iter2"), dtype="float32")
     dnpo.tell_drop(at, 0, {"noise/drop": 0.25, "noise/drop_margin": beta * 0.25})
     assert capsys.readouterr().out == f"iter 2: the noise lowers log p_noise(y-) {line}\n"
 
