@@ -27,6 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -502,9 +503,13 @@ def lm_shapes(path: str):
 
 def read_weights(kind, path: str, dtype: torch.dtype):
     """A model of the class `kind`; weights that can't be read end the program with one line."""
+    from safetensors import SafetensorError
+
+    unreadable = (OSError, EOFError, ValueError, RuntimeError, ImportError)
+    unreadable += (UnpicklingError, SafetensorError)
     try:
         return kind.from_pretrained(path, dtype=dtype)
-    except Exception as fault:
+    except unreadable as fault:
         job.die(f"{path}: its weights can't be loaded ({first_line(fault)})")
 
 
