@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -749,9 +750,13 @@ def lm_shapes(path: str):
 
 def read_weights(kind, path: str, dtype: torch.dtype):
     """A model of the class `kind`; weights that can't be read end the program with one line."""
+    from safetensors import SafetensorError
+
+    unreadable = (OSError, EOFError, ValueError, RuntimeError, ImportError)
+    unreadable += (UnpicklingError, SafetensorError)
     try:
         return kind.from_pretrained(path, dtype=dtype, trust_remote_code=False)
-    except Exception as fault:
+    except unreadable as fault:
         job.damaged(path, fault, "if a run has made it, delete this folder and --resume the run")
 
 

@@ -1001,12 +1001,6 @@ def test_a_tokenizer_without_a_chat_template_is_refused(refused, bare, tmp_path)
     has(line, str(endless), "end-of-sequence")
 
 
-def test_a_head_that_is_not_linear_is_refused(refused, bare, tmp_path):
-    """If its logits are scaled or capped, it would be trained on other log-probs than its own."""
-    scaled = model_copy(bare, tmp_path, config={"logit_scale": 0.25})
-    has(refused(dnpo, *dnpo_flags(bare, model=scaled)), str(scaled), "logit_scale")
-
-
 def test_a_prompt_that_the_template_refuses_is_reported_in_one_line(refused, bare, tmp_path):
     """Some templates (Gemma's) raise on a system turn: the template's message, no traceback."""
     strict = model_copy(bare, tmp_path, without="chat_template.jinja")

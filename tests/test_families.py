@@ -37,6 +37,7 @@ from transformers import (
     SmolLM3Config,
     T5Config,
 )
+from transformers.utils import logging
 
 import common
 import dnpo
@@ -45,6 +46,7 @@ import sams
 import toy
 import tso
 
+logging.disable_progress_bar()  # stderr is looked at
 CPU = torch.device("cpu")
 V = 100  # vocabulary
 SHAPE = {
@@ -494,14 +496,20 @@ def test_blocks_that_give_no_states_are_one_line_of_sams_alone(monkeypatch, caps
     assert torch.equal(scorer(*args)[0], logps)
 
 
-@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"])
-def test_weights_that_cannot_be_read_are_one_line(capsys, folder_of, tmp_path, content):
-    """A pointer to a file elsewhere, or a file that was cut."""
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_cannot_be_read_are_one_line(capsys, folder_of, tmp_path, name):
+    """A pointer to a file elsewhere, a file that was cut, or no file."""
     folder = tmp_path / "model"
     shutil.copytree(folder_of("Llama"), folder)
-    file = folder / "model.safetensors"
-    for wrong in (content, file.read_bytes()[:-100]):
-        file.write_bytes(wrong)
+    torch.save(weights(folder), folder / "pytorch_model.bin")
+    whole = (folder / name).read_bytes()
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        (folder / file).unlink()
+
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 8\n"
+    for wrong in (None, pointer, whole[:-100], whole[: len(whole) // 2], b""):
+        if wrong is not None:
+            (folder / name).write_bytes(wrong)
         with pytest.raises(SystemExit) as stop:
             common.load_lm(str(folder), torch.float32, CPU)
         err = capsys.readouterr().err
