@@ -857,6 +857,8 @@ def draw_figures(c: Config):
         figures.draw(c.figures, c.folder)
     except FileNotFoundError as fault:
         job.die(f"{fault.filename}: no such file; a figure needs what the run has left there")
+    except OSError as fault:
+        job.not_written(c.folder, fault)
 
 
 if __name__ == "__main__":

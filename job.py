@@ -234,7 +234,7 @@ STOP = threading.Event()  # SIGTERM has come
 def stop_on_sigterm():
     """Pre-emption: the first SIGTERM lets a training step, or a batch of a phase, end and be saved.
 
-    Then the program ends with exit code 0.
+    Then the program ends with exit code 0; after a training's last step, with its checkpoint.
     """
     signal.signal(signal.SIGTERM, lambda *_: STOP.set())
 
@@ -279,9 +279,8 @@ def all_or_nothing(path: Path):
             yield temporary
             os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        elif temporary.exists():
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it is not there, or its name can't be
             temporary.unlink()
 
 
@@ -295,14 +294,19 @@ def writing(path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except (OSError, RuntimeError, SafetensorError) as fault:
-        reason, advice = first_line(fault), "mend that"
-        if is_full(path, fault):
-            reason, advice = f"the disk is full: {reason}", "make room"
-        intact = "; what was there is intact" if os.path.exists(path) else ""
-        sys.exit(
-            f"error: {path} could not be written ({reason}){intact}: "
-            f"{advice}, then start again, a run with --resume"
-        )
+        not_written(path, fault)
+
+
+def not_written(path: Path, fault: Exception) -> typing.NoReturn:
+    """Ends the program with one line because of what the disk refuses."""
+    reason, advice = first_line(fault), "mend that"
+    if is_full(path, fault):
+        reason, advice = f"the disk is full: {reason}", "make room"
+    intact = "; what was there is intact" if os.path.exists(path) else ""
+    sys.exit(
+        f"error: {path} could not be written ({reason}){intact}: "
+        f"{advice}, then start again, a run with --resume"
+    )
 
 
 def is_full(path: Path, fault: Exception) -> bool:

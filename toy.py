@@ -284,7 +284,8 @@ def check_stamp(folder: Path, stamp: dict):
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    job.steady_console()
+    parser = job.Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

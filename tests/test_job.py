@@ -706,6 +706,12 @@ def test_a_failed_write_leaves_the_old_file_and_one_line(tmp_path):
         raise KeyError
 
 
+def test_a_name_that_is_too_long_for_its_temporary_is_one_line(tmp_path):
+    """A file of 252 characters could be, but not with .tmp behind it."""
+    with pytest.raises(SystemExit, match="File name too long"):
+        job.write_atomic(tmp_path / ("x" * 252), "text")
+
+
 @pytest.mark.parametrize(
     "fault, words",
     [
