@@ -14,8 +14,8 @@ pi_{k-1}, which is also the reference:
            l(m) = -log sigmoid(m)
            min over theta, max over (W, b)  of  E l(m),   with sigma^2 small              (Obj. 10)
 
-and the result is pi_k. Here h_j and z_j are the reference's last hidden state and logits at token j
-of y-. SPIN is the same without judge (y+ = y*) and without noise. In the code y+ is `chosen`, y-
+and the result is pi_k. Here h_j and z_j are the reference's last hidden state and logits for token
+j of y-. SPIN is the same without judge (y+ = y*) and without noise. In the code y+ is `chosen`, y-
 `rejected`; B are pairs of a micro-batch, N response tokens, T length, V vocabulary, D width.
 
 What the noise is: logsumexp is convex, so noise on logits lowers E log softmax(z + sigma eps)[y],
@@ -24,7 +24,7 @@ weight in the gradient on theta, rises again where the policy was sure of y+ ove
 all gradients have in common changes nothing, though: Adam and clipping don't see it. So the noise
 acts in two ways: its mean fall makes the pairs' weights more even, and its variance makes them less
 so, at random (`weights/spread` is their std / mean). `noise/drop` is the mean fall, in nats an
-answer; if beta times it is below 0.05, the noise is off. The control is `--noise_update offset`:
+answer; if beta times it is below 0.05, a warning says so. The control is `--noise_update offset`:
 sigma is trained as in `joint`, but the model sees log pi_{k-1}(y-) less the mean fall over the
 step's pairs, one number a step. If its curve and that of `joint` coincide, NPO is an adaptive
 margin. Adam moves sigma by up to noise_lr |h|_1 a step. Sampling is always without the noise.
@@ -35,10 +35,10 @@ Differs from the paper, or is not specified by it (ours unless said):
     negatives' tokens and the vocabulary.
  2. Obj. 10 writes its second term with a prime that is not explained. We read it as a stop-gradient
     (else the terms cancel): L = l(m, sigma detached) - l(m, theta detached) + alpha mean(sigma^2).
-    `--noise_update alternating` is the paper's Fig. 3: a noise step, then a model step, noise anew.
+    `--noise_update alternating` is the paper's Fig. 3: a noise step, then a model step on new noise.
  3. Sigma's start, alpha and the noise's lr are not published; sigma starts afresh each iteration.
     `--noise_init 0.1` (W = 0, b = 0.1) is off in all but name: 0.2 nats an answer of 55 tokens on a
-    135M model; 0.5 has 3, `linear`, nn.Linear's own start, 36. For 0.5 see RESULTS.md: sweep.
+    135M model; 0.5, the default (RESULTS.md: sweep), 3; `linear`, nn.Linear's own start, 36.
  4. Iteration k starts from pi_{k-1} with a fresh optimizer and learning-rate curve; the authors'
     code, from the base model. The paper's iteration 0 is our 1, plain SPIN.
  5. The judge's rubric (common.py) is in our words, by the criteria and the scale of one in the
@@ -307,7 +307,7 @@ class Config:
     judge: str = "rm:Skywork/Skywork-Reward-V2-Llama-3.1-8B"
     # use the first LIMIT training prompts (and at most as many held-out ones)
     limit: int | None = 20000
-    test_prompts: int = 500  # held-out prompts to measure on
+    test_prompts: int = 500  # held-out prompts to measure on, and pairs for Fig. 2
     temperature: float = 1.0  # of the sampling
     max_prompt: int = 512  # tokens; a longer prompt is left out and counted
     # tokens; a longer answer is cut, and gets no end-of-sequence token
@@ -507,7 +507,7 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
             pairs.append(preference_row(c, at, rows[i], annotated, generated, i in flipped))
         return pairs
 
-    # all ranks label; a finished pairs.jsonl is only read: delete it after an edit of the labels
+    # all ranks label; a finished pairs.jsonl is only read: delete it after a change of this code
     pairs = job.phase(
         at.folder / "pairs.jsonl",
         list(range(len(rows))),
@@ -666,9 +666,8 @@ def descend(
             with autocast(c, device, policy), torch.set_grad_enabled(update != "noise"):
                 logps = common.by_pair(policy(ids, mask))  # [B, 2]
             with autocast(c, device, policy), torch.set_grad_enabled(update != "model"):
-                noisy_logps, clean_logps, drop, square = reference(
-                    ids, mask, seeds
-                )  # [2B], 3 x [B]
+                # [2B], then [B] each
+                noisy_logps, clean_logps, drop, square = reference(ids, mask, seeds)
             noisy_ref_logps = common.by_pair(noisy_logps)  # [B, 2]
             ref_logps = noisy_ref_logps
             if update == "offset":
@@ -680,7 +679,7 @@ def descend(
                 losses = model_loss
             elif update == "noise":
                 losses = noise_loss
-            else:
+            else:  # joint, and offset's control of it
                 # the values cancel; the gradients do not: one goes to theta, the other to W and b
                 losses = model_loss + noise_loss
             loss = (weight * losses).sum() / n
@@ -807,8 +806,9 @@ def measure(c, at: Iteration, model: Model, rows: list[dict], sampling: Sampling
 def measure_logps(
     c, at: Iteration, model: Model, pairs: list[dict], sampling: Sampling
 ) -> dict[str, float]:
-    """Fig. 2: log pi_k of the pairs it was trained on, and of its new answers to their prompts.
+    """Fig. 2: log pi_k of an iteration's own pairs, and of its new answers to their prompts.
 
+    Of the first --test_prompts labelled pairs. chosen is "positive" here, as in the figure.
     Writes logps.jsonl and returns the means over the positives, negatives and new answers. The new
     ones are sampled here, since after the last iteration nobody else does.
     """
@@ -866,7 +866,10 @@ def measure_logps(
 def training_summary(
     out: Path, at: Iteration, pairs: list[dict], encoded: list[Pair], left_out: Counter
 ) -> dict:
-    """What results.json says of an iteration's labels and of its training."""
+    """What results.json says of an iteration's labels and of its training.
+
+    With --mix_previous `pairs` counts the pairs of two iterations; `swapped` and `ties` do not.
+    """
     steps = job.metrics_of(out / "metrics.jsonl", at.number)
     ties = [is_tie(row["meta"]) for row in pairs]
     return {

@@ -17,8 +17,9 @@ ranks.
 
 With --pairs a judge then scores the answers, and the best and the worst one to each prompt are its
 preference pair, as sams.py reads them. (The SamS paper makes its pairs so: 5 answers of the SFT
-model at temperature 0.8, scored by PairRM or ArmoRM.) Prompts whose answers all score the same have
-no pair and are counted. An --out that is there already is judged as it is.
+model at temperature 0.8, scored by PairRM or ArmoRM.) A prompt without
+two answers that differ in their scores has no pair and is counted. An --out of the same command is
+judged as it is.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Config:
     temperature: float = 1.0  # 1 = the model's own distribution, 0 = greedy
     max_new_tokens: int = 512  # an answer of more tokens is cut
     limit: int | None = None  # use the first LIMIT rows
-    batch: int = 64  # answers sampled at a time
+    batch: int = 64  # answers sampled, or judged, at a time
     seed: int = 0  # of the sampling
     # auto = bfloat16 under CUDA, else float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -125,7 +126,7 @@ def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[di
     ]
     items = every_sample(len(rows), c.n)
     ids = [rows[i]["id"] for i, _ in items]
-    answers = job.phase(out, items, work, API_CONCURRENCY, settings, ids=ids)
+    answers = job.phase(out, items, work, API_CONCURRENCY, settings, ids=ids, holes=True)
     if not answers:
         out.unlink(missing_ok=True)
         sys.exit(f"error: {c.endpoint} has answered none of {len(rows)} prompts: {client.fault}")
@@ -148,7 +149,7 @@ def leave_out_long(rows: list[dict], dropped: Counter, tok, config, c: Config) -
 
 
 def score_answers(answers: list[dict], judge: Judge, c: Config) -> list[float | None]:
-    """The judge's scores of all answers, kept in PAIRS.scores."""
+    """The judge's scores of all answers, kept in PAIRS.scores until the pairs are written."""
 
     def work(items, number):
         return [{"score": score} for score in score_rows(judge, answers, items)]
@@ -211,8 +212,9 @@ def write_pairs(rows: list[dict], answers: list[dict], judge: Judge, c: Config):
             pairs.append(pair)
     if job.on_rank_0():
         job.write_atomic(Path(c.pairs), job.json_lines(pairs))
-        equal = len(rows) - len(pairs)
-        print(f"{c.pairs}: {len(pairs)} pairs; {equal} prompts without one, for equal scores")
+        Path(f"{c.pairs}.scores").unlink()
+        without = len(rows) - len(pairs)
+        print(f"{c.pairs}: {len(pairs)} pairs; {without} prompts without two answers that differ")
 
 
 def pick_dtype(name: str) -> torch.dtype:

@@ -441,11 +441,12 @@ def phase(
     key: Callable | None = None,
     note: str = "",
     ids: list[str] | None = None,
+    holes: bool = False,
 ) -> list[dict]:
     """Maps items to rows, one for one, in a JSON lines file, on all ranks; returns the rows.
 
-    work(batch of items, the batch's number) returns their rows; None in the place of a row leaves
-    it out of the file. Batches have `size` items, which are neighbours under `key`, so that their
+    work(batch of items, the batch's number) returns their rows; with `holes`, None in the place of
+    a row leaves it out. Batches have `size` items, which are neighbours under `key`, so that their
     lengths match. The batches and their numbers are the same for any number of ranks and
     interruptions; so are the rows, if their seeds are made of the batch's number.
 
@@ -454,7 +455,8 @@ def phase(
     point at belongs into `settings`, by content and not by a path, since a folder may be moved.
 
     A finished phase is only read, whatever was changed since: after a change of the code, delete
-    its file or use another folder. It must have a row for each item, with the `ids`, if given.
+    its file or use another folder. It must have a row for each item, with the `ids`, if given; with
+    `holes` some may be missing.
     """
     if not path.exists():
         # 1. the batches, and a stamp of all that their rows depend on
@@ -485,15 +487,22 @@ def phase(
         barrier()
 
     rows = read_jsonl(path)
-    if len(rows) != len(items):
+    if len(rows) > len(items) or (len(rows) < len(items) and not holes):
         damaged(path, f"{len(rows)} rows, not {len(items)}")
-    for row, name in zip(rows, ids or []):
-        if row.get("id") != name:
-            damaged(path, f"a row {row.get('id')!r} where {name!r} is expected")
+    if ids:
+        check_ids(path, [row.get("id") for row in rows], ids)
     if on_rank_0():
         for part in parts_of(path):
             part.unlink()
     return rows
+
+
+def check_ids(path: Path, found: list, expected: list[str]):
+    """Ends the program unless the ids in a phase's file are those expected, some left out."""
+    left = iter(expected)
+    for name in found:
+        if name not in left:  # which goes on behind it, or to the end
+            damaged(path, f"a row {name!r} where it is not expected")
 
 
 def run_batches(

@@ -17,28 +17,31 @@ how clear and how uncertain the pair was (kappa): the paper's r_B and r_S. In ro
   select   the K = ceil(ratio n) pairs with the highest f_S + explore f_S'
   train    one step on these K alone, the loss averaged over K
 
-The same loop trains DPO (2305.18290), IPO and Selective DPO (2502.09650, --preselect).
+The same loop trains DPO (2305.18290, --select all), IPO (--loss ipo) and Selective DPO (2502.09650,
+--preselect).
 
 Differs from the paper, or is not specified by it (ours unless said):
 
  1. Observing has a pass of its own: 1 + 3/2 units of work at K = n/2, where DPO needs 3. The paper
-    keeps the graph of all n and detaches n - K. The loss is averaged over K, in the code over n.
- 2. The mean of rho, a, b, gamma and explore are the released code's. Its flipped sign of rho, its
-    second sigmoid and its regression target, which broadcasts to a matrix, are not copied.
- 3. --fit selected: the K picked get rewards (Algorithm 1, lines 6-13); all: all n (App. F.4, code).
- 4. The selector has the paper's sizes (App. D.1, F.2), that is 5.8e8 weights: 8.6 GiB a rank. ReLU
-    is ours. Pool: 40 000 rounds, 32 drawn (App. F.4), for four Adam steps (ours).
- 5. The encoder is trained beforehand, the policy frozen, and then frozen too (App. F.3, there for
-    on-policy pairs; for others it learns during their SFT). The number of rounds, the pairs' own
-    contexts, and new f_S and f_S' afterwards are ours. After 0 rounds it learns with the rest.
- 6. Contexts average prompt and response (App. F.2) of both sides (code), but no padding. Ours:
-    `--context response`, and `both`, which adds the sides' difference: a mean is blind to a swap.
+    keeps the graph of all n and detaches n - K. The loss is averaged over K; as released, over n.
+ 2. The form of L~, the mean of rho, a, b, gamma and explore are the released code's. Its flipped
+    sign of rho, second sigmoid and broadcasting regression target are not copied.
+ 3. --fit selected: the K picked get rewards (Algorithm 1, lines 6-13); all: all n, as in App. F.4.
+ 4. The selector has the paper's sizes (App. D.1, F.2), that is 5.8e8 weights: 8.7 GiB a rank. ReLU
+    is ours. Pool: 40 000 rounds, 32 drawn (App. F.4), for at most four Adam steps (ours).
+ 5. App. F.3: the encoder learns beforehand, and is then frozen. In the paper this is during the SFT
+    or, for on-policy pairs, with a frozen policy: here always so, on the contexts of the pairs, and
+    f_S and f_S' start anew (ours). With --pretrain_rounds 0 the encoder learns with the rest.
+ 6. Contexts average prompt and response (App. F.2) of both sides (as released), but no padding.
+    Ours: `--context response`, and `both`, which adds the sides' difference (a mean can't see a
+    swap); DPO's L~ also with --loss ipo; min-max is 0.5 where all values are within 1e-4.
  7. Reference log-probs are computed once, in the shapes of the training: in bf16 a summed log-prob
     moves by up to a nat with the shape of its batch, hence one pair per forward pass there.
  8. Selective DPO is its authors', with full weights for LoRA and the policy's own training recipe.
 
 As released: --select sample --fit all --margin_weight 0.5 --uncertainty_weight 0.5
-Shapes: n pairs of a batch, K selected, B of a micro-batch (S = 2B), T length, L layers, D width.
+Shapes: n pairs of a batch, K selected, B of a micro-batch (S = 2B), T length, L layers, D width, E
+of the encoder. A context is [L, width], where width is D, or 2D with `both`.
 
     python sams.py                                     # laptop: the toy world, 20 % labels flipped
     python sams.py --preset paper --limit 2000         # one GPU, a part of the data
@@ -154,7 +157,7 @@ def sample_reward(
 def bandit_rewards(
     rho: float, kappa: Tensor, gamma: float = 0.5, a: float = 50.0, b: float = 0.5
 ) -> Tensor:
-    """r = gamma sigmoid(a rho + b) + (1 - gamma) sigmoid(kappa), Eq. 8. [], [K] -> [K]."""
+    """r = gamma sigmoid(a rho + b) + (1 - gamma) sigmoid(kappa), Eq. 8. [P] -> [P]."""
     of_batch = torch.sigmoid(torch.tensor(a * rho + b)).to(kappa)
     return gamma * of_batch + (1 - gamma) * kappa.sigmoid()
 
@@ -176,7 +179,7 @@ def top_k(scores: Tensor, k: int, seed: int | None = None) -> list[int]:
 
 
 def selector_loss(f1: Tensor, f2: Tensor, reward: Tensor) -> Tensor:
-    """mean (f1 - r)^2 + mean (f2 - (r - f1))^2, with f1 held in the second. [K] each -> [].
+    """mean (f1 - r)^2 + mean (f2 - (r - f1))^2, with f1 held in the second. [P] each -> [].
 
     f1 and f2 are the values of f_S and f_S'.
     """
@@ -218,9 +221,9 @@ class PoolingScorer(Scorer):
         super().__init__(lm)
         self.mask, self.pooled = None, {}  # the mask is set during a pass to be pooled
         for i, layer in enumerate(common.blocks(lm)):
-            layer.register_forward_hook(functools.partial(self.pool, i))
+            layer.register_forward_hook(functools.partial(self.keep_mean, i))
 
-    def pool(self, i: int, layer, args, out):
+    def keep_mean(self, i: int, layer, args, out):
         if self.mask is None:
             return
         states = out[0] if isinstance(out, (tuple, list)) else out  # [S, T, D]
@@ -234,24 +237,24 @@ class PoolingScorer(Scorer):
         self.pooled[i] = summed / self.mask.sum(1, keepdim=True)
 
     def forward(
-        self, ids: Tensor, mask: Tensor, pool: Tensor | None = None
+        self, ids: Tensor, mask: Tensor, where: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """log pi(y|x) [S] and, if a mask `pool` is given, states [S, L, D] in fp32.
+        """log pi(y|x) [S] and, if asked for by `where`, states [S, L, D] in fp32.
 
-        ids, mask, pool: [S, T]. pool says which tokens' states are averaged.
+        ids, mask, where: [S, T]. where says which tokens' states are averaged.
         """
-        self.mask = pool
+        self.mask = where
         self.pooled = {}
         logps = super().forward(ids, mask)
         self.mask = None
-        if pool is None:
+        if where is None:
             return logps, None
         layers = [self.pooled.pop(i) for i in range(len(common.blocks(self.lm)))]
         return logps, torch.stack(layers, 1)
 
 
 def pooled_tokens(mask: Tensor, kind: str) -> Tensor:
-    """Which tokens a context is read from. [S, T], of the response's tokens -> [S, T].
+    """Which tokens a context is read from. [S, T], true on the response -> [S, T].
 
     With the kind "sequence" these are prompt and response: all up to the response's last token.
     Padding, which the released code counts too, would make a pair depend on its batch-mates.
@@ -380,15 +383,15 @@ def encoder_config(name: str):
 
 
 class Pool:
-    """Past rounds, each what was read of its pairs and their rewards [K], in CPU memory."""
+    """Past rounds in CPU memory: of each the features of its rewarded pairs, and their rewards."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.rounds = []
 
-    def add(self, read: Tensor, reward: Tensor, rng: random.Random):
+    def add(self, features: Tensor, reward: Tensor, rng: random.Random):
         """Takes a round on. Where the pool is full, it replaces a random one."""
-        new = read.cpu(), reward.cpu()
+        new = features.cpu(), reward.cpu()
         if len(self.rounds) < self.capacity:
             self.rounds.append(new)
         else:
@@ -402,8 +405,8 @@ class Pool:
 class Bandit:
     """The selector with its lagged training. All ranks hold the same one and see the same numbers.
 
-    width: of the contexts. What is kept of a pair is what the selector reads of it: its context
-    [L, width], or, once the encoder is frozen, the encoder's output [E].
+    width: of the contexts. The features of a pair are what is kept of it: its context [L, width],
+    or, once the encoder is frozen, the encoder's output [E].
     """
 
     def __init__(self, width: int, c, device):
@@ -413,8 +416,8 @@ class Bandit:
         self.optimizer = torch.optim.Adam(self.selector.parameters(), lr=c.selector_lr)
         self.c, self.device = c, device
         self.frozen = False
-        # the last round, whose effect is not yet seen: what is read of its rewarded pairs, their
-        # kappa and predictions, and its L~
+        # the last round, whose effect is not yet seen: its L~, and of its rewarded pairs the
+        # features, kappa and predictions
         self.pending = None
         self.pool = Pool(c.pool)
         self.rho_sum, self.rounds = 0.0, 0
@@ -426,17 +429,18 @@ class Bandit:
         self.frozen = True
 
     @torch.no_grad()
-    def read(self, contexts: Tensor) -> Tensor:
+    def features(self, contexts: Tensor) -> Tensor:
         """What is kept of the pairs: [n, L, width] -> the same, or [n, E]."""
         return self.selector.encoder(contexts) if self.frozen else contexts
 
-    def values(self, read: Tensor) -> tuple[Tensor, Tensor]:
-        """f_S [n] and f_S' [n] of what read() returned."""
-        return self.selector.values(read) if self.frozen else self.selector(read)
+    def values(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """f_S [n] and f_S' [n] of what features() returned."""
+        return self.selector.values(features) if self.frozen else self.selector(features)
 
     def round(
         self,
         contexts: Tensor,
+        *,
         losses: Tensor,
         margin: Tensor,
         chosen_logps: Tensor,
@@ -450,9 +454,9 @@ class Bandit:
         """
         now = bounded_loss(losses).item()
         learned = self.learn(now) if self.pending else {}
-        read = self.read(contexts)
+        features = self.features(contexts)
         with torch.no_grad():
-            f1, f2 = self.values(read)
+            f1, f2 = self.values(features)
             scores = f1 + self.c.explore * f2
         if dist.is_initialized():
             dist.broadcast(scores, 0)  # rank 0 decides: other hardware may round differently
@@ -462,10 +466,10 @@ class Bandit:
         kappa = sample_reward(margin, chosen_logps, *weights)
         rewarded = places if self.c.fit == "selected" else list(range(len(scores)))
         self.pending = {
-            "read": read[rewarded],
+            "features": features[rewarded],
             "kappa": kappa[rewarded],
             "predicted": f1[rewarded],
-            "loss": now,
+            "bounded_loss": now,
         }
         return places, learned
 
@@ -475,12 +479,12 @@ class Bandit:
         Returns what to log: how the predictions compare with the rewards that came.
         """
         last = self.pending
-        rho = batch_reward(last["loss"], now)
+        rho = batch_reward(last["bounded_loss"], now)
         self.rho_sum += rho
         self.rounds += 1
         smoothed = (rho + self.rho_sum / self.rounds) / 2
         reward = bandit_rewards(smoothed, last["kappa"], self.c.gamma)
-        loss = self.fit(last["read"], reward)
+        loss = self.fit(last["features"], reward)
 
         predicted = last["predicted"]
         return {
@@ -492,20 +496,20 @@ class Bandit:
             "selector/fit": loss,
         }
 
-    def fit(self, read: Tensor, reward: Tensor) -> float:
-        """One pass over this round and those drawn from the pool, in fit_steps Adam steps.
+    def fit(self, features: Tensor, reward: Tensor) -> float:
+        """One pass over this round and those drawn from the pool, in at most fit_steps Adam steps.
 
         The round then joins the pool. Returns the last step's loss.
         """
         rng = random.Random(job.seed_of(self.c.seed, "pool", self.rounds))
-        rounds = [(read, reward), *self.pool.draw(self.c.replay, rng)]
-        self.pool.add(read, reward, rng)
+        rounds = [(features, reward), *self.pool.draw(self.c.replay, rng)]
+        self.pool.add(features, reward, rng)
         for i in range(min(self.c.fit_steps, len(rounds))):
             some = rounds[i :: self.c.fit_steps]
-            some_read = torch.cat([read.to(self.device) for read, _ in some])
-            some_rewards = torch.cat([reward.to(self.device) for _, reward in some])
-            f1, f2 = self.values(some_read)
-            loss = selector_loss(f1, f2, some_rewards)
+            of_pairs = torch.cat([of_round.to(self.device) for of_round, _ in some])
+            rewards = torch.cat([of_round.to(self.device) for _, of_round in some])
+            f1, f2 = self.values(of_pairs)
+            loss = selector_loss(f1, f2, rewards)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -528,16 +532,16 @@ class Bandit:
         self.optimizer.load_state_dict(state["optimizer"])
         self.pending = state["pending"]
         if self.pending:
-            for name in ("read", "kappa", "predicted"):
+            for name in ("features", "kappa", "predicted"):
                 self.pending[name] = self.pending[name].to(self.device)
         self.pool.rounds = state["pool"]
         self.rho_sum, self.rounds = state["rho_sum"], state["rounds"]
 
     def nbytes(self) -> int:
         """Bytes of the weights, of gradients and Adam's two moments of those that learn, and of
-        what the pool has read.
+        the features in the pool.
         """
-        of_pool = sum(read.nbytes for read, _ in self.pool.rounds)
+        of_pool = sum(features.nbytes for features, _ in self.pool.rounds)
         return selector_nbytes(self.selector) + of_pool
 
 
@@ -555,7 +559,7 @@ class Config:
 
     # -- the method
     # topk: the K highest scores; sample: drawn by softmax(score); random: any K; margin: the K
-    # highest margins; all: no selection, plain DPO; oracle: unflipped pairs first (a ceiling)
+    # highest margins; all: no selection, all n; oracle: unflipped pairs first (a ceiling)
     select: Literal["topk", "sample", "random", "margin", "all", "oracle"] = "topk"
     ratio: float = 0.5  # K / n
     gamma: float = 0.5  # weight of rho in a pair's reward; kappa has the rest
@@ -564,8 +568,8 @@ class Config:
     explore: float = 0.1  # weight of f_S' in the score
     # which pairs of a batch get rewards: the K picked, or all n
     fit: Literal["selected", "all"] = "selected"
-    # what the selector sees of a pair: the mean over prompts and responses of both sides, over the
-    # responses alone, or that and the difference of the two responses
+    # what the selector sees of a pair, as a mean of its two sides: over prompt and response, over
+    # the response, or the latter and the two sides' difference too
     context: Literal["sequence", "response", "both"] = "sequence"
     loss: Literal["dpo", "ipo"] = "dpo"  # of the training
     beta: float = 0.01  # strength of the pull to the reference
@@ -579,7 +583,7 @@ class Config:
     selector_width: int = 4096  # width of both
     selector_pooling: int = 4  # f_S' reads the mean of so many neighbouring activations of f_S
     selector_lr: float = 1e-4  # learning rate of the selector
-    fit_steps: int = 4  # the selector's Adam steps a round
+    fit_steps: int = 4  # the selector's Adam steps a round, at most
     pool: int = 40000  # past rounds that are kept; when it is full a random one is replaced
     replay: int = 32  # past rounds, drawn from the pool, that the selector is fitted on in a round
 
@@ -763,7 +767,8 @@ def pretrain(c, data: Data, start: Model, folder: Path) -> dict[str, Tensor]:
     """App. F.3: the weights of a trained encoder, from folder/encoder.pt, which is made if missing.
 
     The policy is frozen. Rounds, rewards and fits are those of the training, with the SFT loss on
-    the chosen answers in the place of DPO's, and minus this loss in the place of the margin.
+    the chosen answers in the place of DPO's, and minus this loss in the place of the margin. As
+    nothing is trained in between, rho only says how the next batch differs.
     """
     file, device = folder / "encoder.pt", start.device
     if not file.exists():
@@ -802,7 +807,8 @@ def pretraining_round(
     losses = sft_losses(chosen_logps, tokens)
 
     seed = job.seed_of(c.seed, "pretrain", step) if c.select == "sample" else None
-    _, learned = bandit.round(seen.contexts, losses, -losses, chosen_logps, how_many(c, n), seed)
+    of_pairs = {"losses": losses, "margin": -losses, "chosen_logps": chosen_logps}
+    _, learned = bandit.round(seen.contexts, **of_pairs, k=how_many(c, n), seed=seed)
 
     sums, zeros = {}, torch.zeros_like(losses)
     values = common.preference_metrics(losses, zeros, zeros, seen.logps)
@@ -838,7 +844,7 @@ def train(c, data: Data, held: Data, start: Model, folder: Path, encoder: dict |
             seen = observe(c, policy, data.pairs, batch, device, kind)
         observed = time.monotonic()
 
-        # reward the last picks and fit to them (Bandit.learn: Eqs. 6-8, batch_reward); then select
+        # reward the last round and fit to it (Bandit.learn: Eqs. 6-8, batch_reward); then select
         places, learned = pick(c, data.take(batch), seen, bandit, step)
         selected = [batch[place] for place in places]
         picked = time.monotonic()
@@ -859,7 +865,11 @@ def train(c, data: Data, held: Data, start: Model, folder: Path, encoder: dict |
 
 
 def all_steps(c, pairs: list[Pair]) -> list[list[int]]:
-    """The batches of the training. Pairs kept by --preselect come in their own order, if asked."""
+    """The batches of the training.
+
+    After --preselect the pairs are sorted by difficulty: with --order easy_first they are cut into
+    batches as they stand, the same in each epoch.
+    """
     sizes = [pair.tokens for pair in pairs] if c.sort_by_length else None
     if c.preselect == 1 or c.order == "shuffled":
         return step_order(len(pairs), c, c.seed, "order", sizes=sizes)
@@ -875,7 +885,7 @@ class Seen(NamedTuple):
     """What a forward pass without gradient shows of n pairs."""
 
     logps: Tensor  # log pi of chosen and rejected [n, 2]
-    contexts: Tensor | None  # [n, L, D], if asked for
+    contexts: Tensor | None  # [n, L, width], if asked for
 
 
 @torch.no_grad()
@@ -940,7 +950,8 @@ def pick(
     """Picks K of the n pairs of a batch, as --select says.
 
     Returns their places in the batch, and what the bandit has to log. A new way to select is a
-    branch here and a word in Config.select.
+    word in Config.select and a branch here: before the margins if it needs no forward pass (then it
+    is also a word in BLIND), before `topk` if it needs no selector, else a word in LEARNED.
     """
     n = len(batch.pairs)
     k, seed = how_many(c, n), job.seed_of(c.seed, "select", step)
@@ -957,8 +968,8 @@ def pick(
         return top_k(margin, k), {}
     if c.select == "topk":
         seed = None  # greedy; `sample` draws k without replacement, by softmax(scores)
-    losses, chosen_logps = dpo_losses(margin), seen.logps[:, 0]
-    return bandit.round(seen.contexts, losses, margin, chosen_logps, k, seed)
+    of_pairs = {"losses": dpo_losses(margin), "margin": margin, "chosen_logps": seen.logps[:, 0]}
+    return bandit.round(seen.contexts, **of_pairs, k=k, seed=seed)
 
 
 def descend(c, policy: nn.Module, data: Data, indices: list[int], device) -> dict[str, Tensor]:
@@ -1114,11 +1125,11 @@ def frozen_pooling_scorer(lm) -> PoolingScorer:
 def easiest(c, data: Data, held: Data, start: Model, out: Path) -> list[int]:
     """Selective DPO: the indices of the easiest share of the pairs, from easy to difficult.
 
-    A DPO model is trained on each half of each random split of the pairs. A pair's difficulty is
-    its mean loss under the models that never saw it; all of them go to out/difficulty.json.
+    A model is trained with --loss on each half of each random split of the pairs. A pair's
+    difficulty is its mean loss under the models that never saw it, in out/difficulty.json.
     """
     n = len(data.pairs)
-    # DPO, in a shuffled order
+    # on all pairs of a half, in a shuffled order
     plain = replace(c, select="all", preselect=1.0, save_dtype="float32")
     difficulty = torch.zeros(n, device=start.device)
     for split in range(c.preselect_splits):
@@ -1204,7 +1215,7 @@ def flip(row: dict) -> dict:
 def show_plan(c, tok, pairs, held, flipped: list[bool], dropped: Counter, device):
     """The header: what will be done with what, and one example with its loss mask."""
     n = len(pairs)
-    share, first = " (plain DPO)", ""
+    share, first = " (no selection)", ""
     if c.select != "all":
         share = f", {c.ratio:g} of each batch"
     if c.preselect < 1:
@@ -1242,13 +1253,15 @@ def selector_plan(c, lm, rounds: int) -> str:
     with torch.device("meta"):
         selector = Selector(width, c)
     weights = sum(p.numel() for p in selector.parameters())
-    kept = len(common.blocks(lm)) * width  # numbers of a pair in the pool
-    if c.pretrain_rounds:
-        selector.encoder.requires_grad_(False)
-        kept = selector.encoder.layer_encoder.config.hidden_size
-        rounds = max(rounds, c.pretrain_rounds)
     rewarded = how_many(c, c.batch) if c.fit == "selected" else c.batch
-    pool = 4 * kept * rewarded * min(rounds, c.pool)
+
+    # while the encoder learns, the pool holds contexts; once it is frozen, what it returns
+    of_context = len(common.blocks(lm)) * width
+    numbers = of_context * min(c.pretrain_rounds or rounds, c.pool)
+    if c.pretrain_rounds:
+        of_output = selector.encoder.layer_encoder.config.hidden_size
+        numbers = max(numbers, of_output * min(rounds, c.pool))
+    pool = 4 * rewarded * numbers
     return (
         f"selector: {weights / 1e6:.1f} M weights, {selector_nbytes(selector) / 2**30:.2f} GiB on "
         f"each rank; pool: up to {pool / 2**30:.2f} GiB of CPU memory on each"

@@ -637,7 +637,7 @@ def numbered(path, n: int, **more) -> list[dict]:
         (lambda text: text[:30], ":3 is damaged (JSONDecodeError"),
         (lambda text: "", "is damaged (0 rows, not 6)"),
         (lambda text: text[12:], "is damaged (5 rows, not 6)"),
-        (lambda text: text[12:] + text[:12], "a row '1' where '0' is expected"),
+        (lambda text: text[12:] + text[:12], "a row '0' where it is not expected"),
         (lambda text: text.replace("0", "\0"), ":1 is damaged"),
         (lambda text: text.replace("0", "\udcff"), ":1 is damaged (UnicodeDecodeError"),
         (lambda text: "7\n" * 6, ":1 is damaged (a int, not a dict)"),

@@ -498,7 +498,8 @@ def same_weights(a: dict, b: dict) -> bool:
 def play(bandit: Bandit, shown: Round, k: int, seed: int | None = None):
     """A round of the bandit with DPO's losses of the margins."""
     losses = dpo_losses(shown.margin)
-    return bandit.round(shown.contexts, losses, shown.margin, shown.chosen_logps, k, seed)
+    of_pairs = {"margin": shown.margin, "chosen_logps": shown.chosen_logps}
+    return bandit.round(shown.contexts, losses=losses, **of_pairs, k=k, seed=seed)
 
 
 @pytest.mark.parametrize("fit", ["selected", "all"])
