@@ -35,7 +35,7 @@ Differs from the paper, or is not specified by it (ours unless said):
     negatives' tokens and the vocabulary.
  2. Obj. 10 writes its second term with a prime that is not explained. We read it as a stop-gradient
     (else the terms cancel): L = l(m, sigma detached) - l(m, theta detached) + alpha mean(sigma^2).
-    `--noise_update alternating` is the paper's Fig. 3: a noise step, then a model step on new noise.
+    `--noise_update alternating` is the paper's Fig. 3: a noise step, a model step on new noise.
  3. Sigma's start, alpha and the noise's lr are not published; sigma starts afresh each iteration.
     `--noise_init 0.1` (W = 0, b = 0.1) is off in all but name: 0.2 nats an answer of 55 tokens on a
     135M model; 0.5, the default (RESULTS.md: sweep), 3; `linear`, nn.Linear's own start, 36.
