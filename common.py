@@ -197,8 +197,11 @@ def read_turn(tok) -> Turn:
     question = [{"role": "user", "content": ASKED}]
     try:
         prompt = render(tok, question, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, TypeError, ValueError) as fault:
-        raise ValueError(f"its chat template refuses a prompt: {fault}") from fault
+    except (TemplateError, TypeError) as fault:
+        note = (
+            f"its chat template refuses a plain question ({fault}): {tok.eos_token!r} ends a turn"
+        )
+        return Turn(tok.eos_token_id, notes=(note,))
     if ASKED not in prompt:
         raise ValueError("its chat template renders nothing of a prompt that is plain text")
 
@@ -1097,7 +1100,7 @@ class RewardJudge(NumberJudge):
         if self.model is None:
             self.model = self.load()
         talk = [*prompt, {"role": "assistant", "content": text}]
-        ids = self.tok.apply_chat_template(talk, return_dict=False, return_tensors="pt")
+        ids = render(self.tok, talk, return_tensors="pt")
         return self.model(input_ids=ids.to(self.device)).logits.float().item()
 
     def free(self):
