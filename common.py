@@ -1392,6 +1392,9 @@ def read_choice(choice) -> tuple[str, str] | None:
     if isinstance(content, list):
         content = "".join(part["text"] for part in content if part.get("type") == "text")
     text = content.encode(errors="ignore").decode()
+    finish = "length" if choice.finish_reason == "length" else "stop"
+    if finish == "length":
+        text = text.rstrip("\ufffd")  # the beginning of a character whose rest was cut off
     if not text.strip() or choice.finish_reason in NO_ANSWER:
         return None
-    return text, "length" if choice.finish_reason == "length" else "stop"
+    return text, finish

@@ -9,9 +9,11 @@
 Answers are drawn from the model's own distribution (temperature 1, no top-k, no top-p), so that
 they are samples of pi(.|x). A row of the output is {"id", "prompt", "response", "meta": {"sample",
 "finish"}}, n rows a prompt in the prompts' order; finish is "stop" (the model ended by itself) or
-"length" (cut). Rows are kept in OUT.part* as batches finish; started again, a killed run does only
-what is missing and, batches and their seeds being fixed, gives the same file on any number of
-ranks.
+"length" (cut). Where the text alone would give other tokens than those that were sampled,
+meta.sampled_ids has these. What an endpoint refuses or leaves empty is left out and counted.
+
+Rows are kept in OUT.part* as batches finish; started again, a killed run does only what is missing
+and, batches and their seeds being fixed, gives the same file on any number of ranks.
 """
 
 from __future__ import annotations

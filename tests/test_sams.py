@@ -893,10 +893,12 @@ def test_the_selected_are_trained_on_and_no_others(plain):
     assert abs(line["selected/margin"] - line["unselected/margin"]) > 1e-3  # it could be seen
 
 
-def test_a_row_that_is_left_out_takes_its_mark_along(world):
+def test_a_row_that_is_left_out_takes_its_mark_along(world, tmp_path):
     """Which pairs are flipped stays true when prompts that are too long are left out."""
-    pairs_file = str(world / "pairs.jsonl")
-    more = {"max_prompt": 10, "max_response": 16, "flip": 0.4, "limit": 60, "test": pairs_file}
+    pairs_file, held_file = str(world / "pairs.jsonl"), tmp_path / "held.jsonl"
+    held_file.write_text("".join((world / "pairs.jsonl").open().readlines()[60:]))
+    more = {"max_prompt": 10, "max_response": 16, "flip": 0.4, "limit": 60}
+    more["test"] = str(held_file)
     c = Config(model=str(world / "sft"), data=pairs_file, dtype="float32", **more)
     _, pairs, flipped, _ = sams.prepare(c, CPU)
 
