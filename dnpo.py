@@ -559,8 +559,7 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
         metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])
         metrics = noise_metrics(metrics, at.npo)
         run.write(step, metrics, lr=factor * c.lr, grad_norm=norm)
-    last = at.number == c.warmup_iterations + c.iterations
-    dtype = c.save_dtype if last else "float32"
+    dtype = c.save_dtype if at.number == c.warmup_iterations + c.iterations else "float32"
     job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path, dtype)
 
 

@@ -62,7 +62,7 @@ import os
 import random
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -606,8 +606,7 @@ def train(c, how: str, data: Data, held: Data, start: Model, folder: Path):
         if (step + 1) % c.eval_every == 0 or step + 1 == len(steps):
             metrics.update(measure(c, policy, held, device))
         run.write(step, metrics, lr=lr, grad_norm=norm)
-    dtype = c.save_dtype if folder == Path(c.out) else "float32"
-    job.save_checkpoint(folder / "checkpoint", policy, start.tok, start.path, dtype)
+    job.save_checkpoint(folder / "checkpoint", policy, start.tok, start.path, c.save_dtype)
 
 
 class Seen(NamedTuple):
@@ -850,7 +849,8 @@ def easiest(c, data: Data, held: Data, start: Model, out: Path) -> list[int]:
     for name, own, other in (("half0", first, second), ("half1", second, first)):
         folder = out / name
         if not (folder / "checkpoint").exists():
-            train(c, "all", data.take(own), held, start, folder)
+            exact = replace(c, save_dtype="float32")  # this is not the last checkpoint
+            train(exact, "all", data.take(own), held, start, folder)
         model, unseen = start.with_weights(folder / "checkpoint"), data.take(other)
         logps = logps_in_file(c, folder / "other.jsonl", model, unseen.pairs, f"{name}: validate")
         losses = losses_of(c, margins(logps, unseen.ref_logps, c.beta))
