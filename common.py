@@ -224,8 +224,11 @@ def read_turn(tok) -> Turn:
     question = [{"role": "user", "content": ASKED}]
     try:
         prompt = render(tok, question, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, TypeError, ValueError) as fault:
-        raise ValueError(f"its chat template refuses a prompt: {fault}") from fault
+    except (TemplateError, TypeError) as fault:
+        note = (
+            f"its chat template refuses a plain question ({fault}): {tok.eos_token!r} ends a turn"
+        )
+        return Turn(tok.eos_token_id, notes=(note,))
     if ASKED not in prompt:
         raise ValueError("its chat template renders nothing of a prompt that is plain text")
 
@@ -1147,9 +1150,7 @@ def quoted_ids(tok, messages: list[dict], add_generation_prompt: bool) -> list[i
     for message in messages:
         content = quoted.sub(lambda name: private[name[0]], message["content"])
         marked.append({**message, "content": content})
-    text = tok.apply_chat_template(
-        marked, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    text = render(tok, marked, tokenize=False, add_generation_prompt=add_generation_prompt)
 
     named = {character: name for name, character in private.items()}
     ids = []
@@ -1613,6 +1614,9 @@ def read_choice(choice) -> tuple[str, str] | None:
     if isinstance(content, list):
         content = "".join(part["text"] for part in content if part.get("type") == "text")
     text = content.encode(errors="ignore").decode()
+    finish = "length" if choice.finish_reason == "length" else "stop"
+    if finish == "length":
+        text = text.rstrip("\ufffd")  # the beginning of a character whose rest was cut off
     if not text.strip() or choice.finish_reason in NO_ANSWER:
         return None
-    return text, "length" if choice.finish_reason == "length" else "stop"
+    return text, finish

@@ -444,14 +444,14 @@ def find_prompt(raw: dict, first_turns: bool) -> tuple[list[dict] | None, Cell |
     question = first_of(raw, *QUESTIONS)
     talk = first_of(raw, "messages")
     if talk and talk.value and first_turns:
-        prompt, said = first_exchange(turns(talk))
+        prompt, said = first_exchange(turns(talk.value, "messages"))
         return prompt, None if said is None else Cell("messages", said)
     if raw.get("instruction") is not None and raw.get("input"):
-        return turns(Cell("input", f"{raw['instruction']}\n\n{raw['input']}")), None
+        return turns(f"{raw['instruction']}\n\n{raw['input']}", "input"), None
     if question:
-        return without_open_turn(turns(question)), None
+        return without_open_turn(turns(question.value, question.column)), None
     if talk and talk.value:
-        messages = turns(talk)
+        messages = turns(talk.value, "messages")
         if messages[-1]["role"] == "user":
             return messages, None
     return None, None
@@ -521,7 +521,7 @@ def split_answer(context: list[dict] | None, side: Cell) -> tuple[list[dict], st
     if not brings_own_prompt(side.value):
         return context, side.value
 
-    talk = turns(side)
+    talk = turns(side.value, side.column)
     prompt, answer = talk[:-1], talk[-1]
     if answer["role"] != "assistant":
         raise ValueError("roles out of order: the last turn of an answer must be the assistant's")
@@ -540,12 +540,11 @@ def split_answer(context: list[dict] | None, side: Cell) -> tuple[list[dict], st
     return prompt, answer["content"]
 
 
-def turns(cell: Cell) -> list[dict]:
-    """Returns the messages that a text, a message or a list of them holds.
+def turns(value: Any, column: str = "prompt") -> list[dict]:
+    """Returns the messages that a text, a message or a list of them holds; `column` has it.
 
     A text is one turn of the user, unless it is a dialogue in the format of HH-RLHF.
     """
-    value = cell.value
     if isinstance(value, str):
         if is_dialogue(value):
             return dialogue_turns(value)
@@ -555,8 +554,7 @@ def turns(cell: Cell) -> list[dict]:
         value = [value]
     if not isinstance(value, list) or not value or not all(map(is_message, value)):
         raise ValueError(
-            'neither text nor a list of {"role", "content"} with text in it: '
-            f"column {cell.column!r}"
+            f'neither text nor a list of {{"role", "content"}} with text in it: column {column!r}'
         )
     return [{"role": message["role"], "content": message["content"]} for message in value]
 

@@ -11,15 +11,16 @@
 Answers are drawn from the model's own distribution (temperature 1, no top-k, no top-p), so that
 they are samples of pi(.|x). A row of the output is {"id", "prompt", "response", "meta": {"sample",
 "finish"}}, n rows a prompt in the prompts' order; finish is "stop" (the model ended by itself) or
-"length" (cut). Rows are kept in OUT.part* as batches finish; started again, a killed run does only
-what is missing and, batches and their seeds being fixed, gives the same file on any number of
-ranks.
+"length" (cut). Where the text alone would give other tokens than those that were sampled,
+meta.sampled_ids has these. What an endpoint refuses or leaves empty is left out and counted.
+
+Rows are kept in OUT.part* as batches finish; started again, a killed run does only what is missing
+and, batches and their seeds being fixed, gives the same file on any number of ranks.
 
 With --pairs a judge then scores the answers, and the best and the worst one to each prompt are its
 preference pair, as sams.py reads them. (The SamS paper makes its pairs so: 5 answers of the SFT
-model at temperature 0.8, scored by PairRM or ArmoRM.) A prompt without
-two answers that differ in their scores has no pair and is counted. An --out of the same command is
-judged as it is.
+model at temperature 0.8, scored by PairRM or ArmoRM.) A prompt without two answers that differ in
+their scores has no pair and is counted. An --out of the same command is judged as it is.
 """
 
 from __future__ import annotations

@@ -1079,13 +1079,14 @@ NO_ANSWERS = {
 def test_what_is_no_answer_is_left_out_and_counted(serve, monkeypatch, capsys, tmp_path):
     """Null, empty, tool-call or filtered content is neither a judgement nor a sample.
 
-    Content in parts is joined, and half of a surrogate pair is dropped.
+    Content in parts is joined, and half of a surrogate pair, or of a character, is dropped.
     """
     answers = {
         **NO_ANSWERS,
         "parts": parts(("thinking", "hm"), ("text", "Rating: "), ("text", "[[8]]")),
         "half": {"choices": [{"message": {"content": "Rating: [[7]]\ud83d"}}]},
         "long": TOO_LONG,
+        "cut": completion("hi \ufffd", "length"),
     }
 
     def judged(question, n):
@@ -1093,7 +1094,7 @@ def test_what_is_no_answer_is_left_out_and_counted(serve, monkeypatch, capsys, t
 
     serve(judged)
     scores = make_judge("api:m", None).score([(user("p"), name) for name in answers])
-    assert scores == [None] * len(NO_ANSWERS) + [8, 7, None]
+    assert scores == [None] * len(NO_ANSWERS) + [8, 7, None, None]
 
     def answered(question, n):
         return answers[question]
@@ -1104,8 +1105,9 @@ def test_what_is_no_answer_is_left_out_and_counted(serve, monkeypatch, capsys, t
     assert [(row["id"], row["response"]) for row in rows] == [
         ("id-parts", "Rating: [[8]]"),
         ("id-half", "Rating: [[7]]"),
+        ("id-cut", "hi "),
     ]
-    assert "2 answers, 0 cut at 512 tokens, 7 left out: no answer from the endpoint" in shown.out
+    assert "3 answers, 1 cut at 512 tokens, 7 left out: no answer from the endpoint" in shown.out
     assert all(body["max_tokens"] == 512 for body in server.bodies)
 
 

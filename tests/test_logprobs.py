@@ -249,6 +249,7 @@ NOTES = {
         "no special token ('\\n' follows): '</s>' is trained as the end"
     ),
     "{{ messages[0]['content'] }}": "does not render an assistant's answer",
+    "{{ raise_exception('no system turn') }}": "refuses a plain question (no system turn): '</s>'",
     "{{ messages | length }}" + CHATML: "['2', '<', '|', 'i'] where ['1', '<', '|', 'i'] is",
     CHATML + "{{ strftime_now('%d %B') }}": "writes the date: in every run it is 2024-07-26",
 }
