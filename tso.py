@@ -1172,10 +1172,7 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
-    """Clips, steps and clears the gradients; returns their norm before clipping.
-
-    With a norm that is not finite there is no step, and TrainingRun.write() ends the run.
-    """
+    """Clips, steps and clears the gradients; returns their norm before clipping."""
     params = []
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -1183,7 +1180,7 @@ def take_step(optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if norm.isfinite():
+    if norm.isfinite():  # else TrainingRun.write() ends the run
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
