@@ -1129,18 +1129,20 @@ def test_log_probs_that_are_no_numbers_are_no_result(world, tmp_path, monkeypatc
     assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
-def test_a_refused_evaluation_makes_no_folder(world, tmp_path, monkeypatch):
+def test_a_refused_evaluation_makes_no_folder(world, tmp_path, monkeypatch, capsys):
     """Nor may an exported file's name lead out of it."""
     sft, out = world / "sft", tmp_path / "out"
     export = [sft, "--export", "mt_bench", "--questions", world / "test.jsonl"]
-    for flags in (
-        [sft, "--pairs", tmp_path / "none.jsonl"],
-        [sft, "--pairs", world / "pairs.jsonl", "--seed", -1],
-        [*export, "--name", "../../x"],
-    ):
+    cases = [
+        ("no such file", [sft, "--pairs", tmp_path / "none.jsonl"]),
+        ("--seed must not be", [sft, "--pairs", world / "pairs.jsonl", "--seed", -1]),
+        ("--name ../../x is to be", [*export, "--name", "../../x"]),
+    ]
+    for cause, flags in cases:
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, evaluate, *flags, "--out", out)
         assert stop.value.code == 2
+        assert cause in capsys.readouterr().err
     assert not out.exists()
 
 

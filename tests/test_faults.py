@@ -372,8 +372,8 @@ def test_a_disk_that_is_really_full(monkeypatch, plain, flags, tmp_path, size, f
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_gradient_that_is_no_number_is_not_stepped_with(monkeypatch, flags, tmp_path):
-    """Its own rows are named, and the state is that of the step before: it goes on from there."""
+def test_a_gradient_that_is_no_number_ends_the_run_at_its_own_rows(monkeypatch, flags, tmp_path):
+    """Not at those of the next step; and the state is that of the step before."""
     out, descend, calls = tmp_path / "run", sams.descend, []
 
     def broken(c, policy, data, indices, device):
