@@ -763,8 +763,9 @@ def test_what_became_of_the_pairs_is_counted_by_cell(tmp_path):
         with_verdict(other, "drop", "judge", unreadable=True),
     ]
     step = {"rewards/chosen": 0, "rewards/rejected": 0, "clipped/chosen": 0, "clipped/rejected": 0}
-    write_lines(tmp_path / "metrics.jsonl", [{"slice": "1.1", **step}])
     at = slice_of(2, tmp_path / "round1-slice1")
+    line = {"iteration": at.number, "slice": "1.1", **step}
+    write_lines(tmp_path / "metrics.jsonl", [line])
     summary = tso.training_summary(tmp_path, at, pairs, [], Counter())
 
     assert summary["made"] == 6
