@@ -56,6 +56,7 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -103,7 +104,12 @@ def dpo_losses(margin: Tensor) -> Tensor:
 
 
 def ipo_losses(margin: Tensor, beta: float) -> Tensor:
-    """(m / beta - 1 / (2 beta))^2, Eq. 17 of the IPO paper (arXiv 2310.12036). [B] -> [B]."""
+    """(m / beta - 1 / (2 beta))^2, Eq. 17 of the IPO paper (arXiv 2310.12036). [B] -> [B].
+
+    As printed there, on log-probs that are summed over an answer's tokens: m is then the margin
+    that DPO and the selector have. Its authors have since confirmed to average over the tokens, as
+    TRL does; there the same beta asks for a margin that is wider by the answers' length.
+    """
     return (margin / beta - 1 / (2 * beta)).square()
 
 
@@ -567,7 +573,8 @@ class Config:
     # what the selector sees of a pair: the mean over prompts and responses of both sides, over the
     # responses alone, or that and the difference of the two responses
     context: Literal["sequence", "response", "both"] = "sequence"
-    loss: Literal["dpo", "ipo"] = "dpo"  # of the training
+    # of the training; ipo: its Eq. 17, on sums over an answer's tokens, where TRL has their means
+    loss: Literal["dpo", "ipo"] = "dpo"
     beta: float = 0.01  # strength of the pull to the reference
 
     # -- the selector
@@ -671,7 +678,9 @@ HH = {
     "max_response": 256,
 }
 
-# gamma, the two weights, context and selector_lr were chosen on another toy world (seed 1)
+# Of the method, gamma, uncertainty_weight, context, the selector, beta and lr differ from the paper
+# preset; margin_weight is 1 in both. gamma, the two weights, context and selector_lr were chosen on
+# another toy world (seed 1).
 TOY = {
     "model": "runs/toy/sft",
     "data": "runs/toy/pairs.jsonl",
@@ -802,7 +811,8 @@ def pretraining_round(
     losses = sft_losses(chosen_logps, tokens)
 
     seed = job.seed_of(c.seed, "pretrain", step) if c.select == "sample" else None
-    _, learned = bandit.round(seen.contexts, losses, -losses, chosen_logps, how_many(c, n), seed)
+    k = how_many(c.ratio, n)
+    _, learned = bandit.round(seen.contexts, losses, -losses, chosen_logps, k, seed)
 
     sums, zeros = {}, torch.zeros_like(losses)
     values = common.preference_metrics(losses, zeros, zeros, seen.logps)
@@ -929,9 +939,12 @@ def context_width(c, config) -> int:
     return 2 * hidden_size if c.context == "both" else hidden_size
 
 
-def how_many(c, n: int) -> int:
-    """K = ceil(ratio n)."""
-    return math.ceil(c.ratio * n)
+def how_many(share: float, n: int) -> int:
+    """ceil(share n), K for --ratio. The share is the decimal that was asked for.
+
+    As a float it may be above that: 0.07 * 100 is more than 7, and would be rounded up to 8.
+    """
+    return math.ceil(Fraction(str(share)) * n)
 
 
 def pick(
@@ -943,7 +956,7 @@ def pick(
     branch here and a word in Config.select.
     """
     n = len(batch.pairs)
-    k, seed = how_many(c, n), job.seed_of(c.seed, "select", step)
+    k, seed = how_many(c.ratio, n), job.seed_of(c.seed, "select", step)
     if c.select == "all":
         return list(range(n)), {}
     if c.select == "random":
@@ -1134,7 +1147,7 @@ def easiest(c, data: Data, held: Data, start: Model, out: Path) -> list[int]:
     if job.on_rank_0():
         job.write_atomic(out / "difficulty.json", json.dumps(difficulty.tolist()))
     order = difficulty.argsort(stable=True).tolist()
-    return order[: math.ceil(c.preselect * n)]
+    return order[: how_many(c.preselect, n)]
 
 
 def validation_losses(c, folder: Path, start: Model, unseen: Data) -> Tensor:
@@ -1208,7 +1221,7 @@ def show_plan(c, tok, pairs, held, flipped: list[bool], dropped: Counter, device
     if c.select != "all":
         share = f", {c.ratio:g} of each batch"
     if c.preselect < 1:
-        n = math.ceil(c.preselect * n)
+        n = how_many(c.preselect, n)
         first = f" · first the easiest {c.preselect:g} of the pairs"
     print(
         f"SamS · {job.preset_note(c)} · select {c.select}{share}{first}"
@@ -1247,7 +1260,7 @@ def selector_plan(c, lm, rounds: int) -> str:
         selector.encoder.requires_grad_(False)
         kept = selector.encoder.layer_encoder.config.hidden_size
         rounds = max(rounds, c.pretrain_rounds)
-    rewarded = how_many(c, c.batch) if c.fit == "selected" else c.batch
+    rewarded = how_many(c.ratio, c.batch) if c.fit == "selected" else c.batch
     pool = 4 * kept * rewarded * min(rounds, c.pool)
     return (
         f"selector: {weights / 1e6:.1f} M weights, {selector_nbytes(selector) / 2**30:.2f} GiB on "
