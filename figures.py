@@ -73,7 +73,7 @@ def band(runs: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
 # A field that the Config of this script alone has.
 MARKS = {"noise_init": "dnpo", "clip_chosen": "tso", "selector_lr": "sams"}
 
-# What runs of one kind may differ in.
+# What runs of one kind may differ in: the seed, names, and what the method knows nothing of.
 ALIKE = {
     "seed",
     "out",

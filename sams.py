@@ -106,9 +106,9 @@ def dpo_losses(margin: Tensor) -> Tensor:
 def ipo_losses(margin: Tensor, beta: float) -> Tensor:
     """(m / beta - 1 / (2 beta))^2, Eq. 17 of the IPO paper (arXiv 2310.12036). [B] -> [B].
 
-    As printed there, on log-probs that are summed over an answer's tokens: m is then the margin
-    that DPO and the selector have. Its authors have since confirmed to average over the tokens, as
-    TRL does; there the same beta asks for a margin that is wider by the answers' length.
+    As printed there, on log-probs that are summed over an answer's tokens, so that m is the margin
+    that DPO and the selector have. Its authors have since said that they average over the tokens,
+    and so does TRL: there the same beta asks for a margin that is wider by the answers' length.
     """
     return (margin / beta - 1 / (2 * beta)).square()
 

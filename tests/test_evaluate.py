@@ -569,7 +569,7 @@ def contents(folder, pattern: str) -> dict[str, bytes]:
 
 
 def test_other_flags_never_meet_an_old_answer(world, tmp_path):
-    """A file's name changes with model, prompts, temperature, length, seed and number format."""
+    """A file's name changes with model, prompts, temperature, length, seed, batch and dtype."""
     rows, _ = datafiles.load_rows(str(world / "test.jsonl"), "prompt", 2)
     usual = {"model": "m", "data": "d", "score": True, "judge": "toy", "out": str(tmp_path)}
     usual |= {"max_response": 6, "dtype": "float32"}
@@ -580,6 +580,7 @@ def test_other_flags_never_meet_an_old_answer(world, tmp_path):
         ({}, "sft", rows, 0.5),
         ({"max_response": 7}, "sft", rows, 0.0),
         ({"seed": 1}, "sft", rows, 0.0),
+        ({"batch": 8}, "sft", rows, 0.0),
         ({"dtype": "bfloat16"}, "sft", rows, 0.0),
     ]
     names = set()

@@ -808,6 +808,27 @@ def test_the_bandit_is_told_of_losses_margins_and_chosen_log_probs():
     assert (k, seed) == (3, None)
 
 
+def test_every_round_of_the_pretraining_draws_with_a_seed_of_its_own():
+    """With --select sample; topk draws nothing."""
+
+    class Told:
+        device = CPU
+
+        def round(self, contexts, losses, margin, chosen_logps, k, seed):
+            seeds.append(seed)
+            return [], {}
+
+    seeds = []
+    data = Data(random_pairs(12), torch.zeros(12, 2), [False] * 12)
+    policy = PoolingScorer(tiny_lm(6))
+    for how, step in (("sample", 0), ("sample", 1), ("topk", 0)):
+        c = tiny(select=how)
+        sams.pretraining_round(c, policy, data, list(range(12)), Told(), step)
+    assert None not in seeds[:2]
+    assert len(set(seeds)) == 3
+    assert seeds[2] is None
+
+
 def test_policy_and_reference_agree_to_the_bit_in_bf16():
     """With one pair a forward pass, an untrained policy's margin is 0 in any order of the batch.
 
