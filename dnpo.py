@@ -46,7 +46,7 @@ Differs from the paper, or is not specified by it (ours unless said):
     (`--judge api:gpt-4o-mini`), the default here is an open reward model.
  6. Ties keep y* on top; `--ties drop` leaves them out. Identical answers are always left out.
  7. Every answer's noise has a seed of its own: micro-batches, chunks and ranks change nothing.
- 8. With `--mix_previous` the first DNPO iteration trains on the warm-up's SPIN pairs too.
+ 8. `--mix_previous` (off in the toy preset): DNPO's first iteration trains on SPIN's pairs too.
  9. The noise has an AdamW of its own, with the policy's clipping and learning-rate curve.
 
     python dnpo.py                                     # laptop: the toy world, minutes
@@ -377,6 +377,7 @@ def check_noise_init(init: str):
         raise ValueError(f"--noise_init must be linear or a number from 0 on, not {init}")
 
 
+# Of the method, noise_lr, beta, lr and mix_previous differ from the paper preset.
 TOY = {
     "model": "runs/toy/sft",
     "data": "runs/toy/train.jsonl",

@@ -73,15 +73,19 @@ def band(runs: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
 # A field that the Config of this script alone has.
 MARKS = {"noise_init": "dnpo", "clip_chosen": "tso", "selector_lr": "sams"}
 
-# What runs of one kind may differ in.
+# What runs of one kind may differ in: the seed, names, and what the method knows nothing of.
 ALIKE = {
     "seed",
     "out",
     "resume",
     "overwrite",
     "parallel",
+    "offload_reference",
+    "activation_checkpointing",
     "micro_batch",
+    "sort_by_length",
     "save_every",
+    "save_dtype",
     "reference",
     "dry_run",
     "export_pairs",
@@ -188,20 +192,43 @@ def task_of(run: Run) -> dict:
     return {flag: run.config.get(flag) for flag in TASK}
 
 
+def alike(run: Run, other: Run) -> bool:
+    """Whether two runs have one name, and one value of every setting that both of them have."""
+    mine, others = settings_of(run), settings_of(other)
+    names = run.name or paper_name(run), other.name or paper_name(other)
+    return names[0] == names[1] and all(mine[flag] == others[flag] for flag in mine.keys() & others)
+
+
+def gather_alike(runs: list[Run]) -> list[list[Run]]:
+    """The runs of each kind.
+
+    A run that was begun before a flag was there joins the only kind that it is like in all else;
+    where there are several, which differ in that flag, it stays apart from them.
+    """
+    same = {}
+    for run in runs:
+        key = json.dumps([run.name, settings_of(run)], sort_keys=True)
+        same.setdefault(key, []).append(run)
+
+    together = []
+    for members in sorted(same.values(), key=lambda some: len(settings_of(some[0])), reverse=True):
+        fitting = [kind for kind in together if alike(members[0], kind[0])]
+        if len(fitting) == 1:
+            fitting[0].extend(members)
+        else:
+            together.append(members)
+    return together
+
+
 def group_runs(runs: list[Run]) -> list[Kind]:
     """Groups the runs of one method into kinds, the runs of a kind in the order of their seeds.
 
     Where the paper has one name for several kinds, all but the first say in which flags they
     differ from it.
     """
-    together = {}
-    for run in runs:
-        key = json.dumps([run.name, settings_of(run)], sort_keys=True)
-        together.setdefault(key, []).append(run)
-
     kinds = []
     first_of_name = {}
-    for members in together.values():
+    for members in gather_alike(runs):
         run = members[0]
         name = run.name or paper_name(run)
         task = task_of(run)
@@ -209,8 +236,9 @@ def group_runs(runs: list[Run]) -> list[Kind]:
         first = first_of_name.setdefault(name, settings)
 
         words = [name]
-        for flag, value in settings.items():
-            if flag not in task and value != first.get(flag):
+        for flag in {**first, **settings}:
+            value = settings.get(flag, "unknown")  # the run was begun before the flag was there
+            if flag not in task and value != first.get(flag, "unknown"):
                 shown = f"{value:g}" if isinstance(value, float) else value
                 words.append(f"{flag} {shown}")
         members.sort(key=lambda member: member.seed)

@@ -59,6 +59,7 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -106,7 +107,12 @@ def dpo_losses(margin: Tensor) -> Tensor:
 
 
 def ipo_losses(margin: Tensor, beta: float) -> Tensor:
-    """(m / beta - 1 / (2 beta))^2, Eq. 17 of the IPO paper (arXiv 2310.12036). [B] -> [B]."""
+    """(m / beta - 1 / (2 beta))^2, Eq. 17 of the IPO paper (arXiv 2310.12036). [B] -> [B].
+
+    As printed there, on log-probs that are summed over an answer's tokens, so that m is the margin
+    that DPO and the selector have. Its authors have since said that they average over the tokens,
+    and so does TRL: there the same beta asks for a margin that is wider by the answers' length.
+    """
     return (margin / beta - 1 / (2 * beta)).square()
 
 
@@ -571,7 +577,8 @@ class Config:
     # what the selector sees of a pair, as a mean of its two sides: over prompt and response, over
     # the response, or the latter and the two sides' difference too
     context: Literal["sequence", "response", "both"] = "sequence"
-    loss: Literal["dpo", "ipo"] = "dpo"  # of the training
+    # of the training; ipo: its Eq. 17, on sums over an answer's tokens, where TRL has their means
+    loss: Literal["dpo", "ipo"] = "dpo"
     beta: float = 0.01  # strength of the pull to the reference
 
     # -- the selector
@@ -675,7 +682,9 @@ HH = {
     "max_response": 256,
 }
 
-# gamma, the two weights, context and selector_lr were chosen on another toy world (seed 1)
+# Of the method, gamma, uncertainty_weight, context, the selector, beta and lr differ from the paper
+# preset; margin_weight is 1 in both. gamma, the two weights, context and selector_lr were chosen on
+# another toy world (seed 1).
 TOY = {
     "model": "runs/toy/sft",
     "data": "runs/toy/pairs.jsonl",
@@ -808,7 +817,7 @@ def pretraining_round(
 
     seed = job.seed_of(c.seed, "pretrain", step) if c.select == "sample" else None
     of_pairs = {"losses": losses, "margin": -losses, "chosen_logps": chosen_logps}
-    _, learned = bandit.round(seen.contexts, **of_pairs, k=how_many(c, n), seed=seed)
+    _, learned = bandit.round(seen.contexts, **of_pairs, k=how_many(c.ratio, n), seed=seed)
 
     sums, zeros = {}, torch.zeros_like(losses)
     values = common.preference_metrics(losses, zeros, zeros, seen.logps)
@@ -939,9 +948,12 @@ def context_width(c, config) -> int:
     return 2 * hidden_size if c.context == "both" else hidden_size
 
 
-def how_many(c, n: int) -> int:
-    """K = ceil(ratio n)."""
-    return math.ceil(c.ratio * n)
+def how_many(share: float, n: int) -> int:
+    """ceil(share n), K for --ratio. The share is the decimal that was asked for.
+
+    As a float it may be above that: 0.07 * 100 is more than 7, and would be rounded up to 8.
+    """
+    return math.ceil(Fraction(str(share)) * n)
 
 
 def pick(
@@ -954,7 +966,7 @@ def pick(
     is also a word in BLIND), before `topk` if it needs no selector, else a word in LEARNED.
     """
     n = len(batch.pairs)
-    k, seed = how_many(c, n), job.seed_of(c.seed, "select", step)
+    k, seed = how_many(c.ratio, n), job.seed_of(c.seed, "select", step)
     if c.select == "all":
         return list(range(n)), {}
     if c.select == "random":
@@ -1145,7 +1157,7 @@ def easiest(c, data: Data, held: Data, start: Model, out: Path) -> list[int]:
     if job.on_rank_0():
         job.write_atomic(out / "difficulty.json", json.dumps(difficulty.tolist()))
     order = difficulty.argsort(stable=True).tolist()
-    return order[: math.ceil(c.preselect * n)]
+    return order[: how_many(c.preselect, n)]
 
 
 def validation_losses(c, folder: Path, start: Model, unseen: Data) -> Tensor:
@@ -1219,7 +1231,7 @@ def show_plan(c, tok, pairs, held, flipped: list[bool], dropped: Counter, device
     if c.select != "all":
         share = f", {c.ratio:g} of each batch"
     if c.preselect < 1:
-        n = math.ceil(c.preselect * n)
+        n = how_many(c.preselect, n)
         first = f" · first the easiest {c.preselect:g} of the pairs"
     print(
         f"SamS · {job.preset_note(c)} · select {c.select}{share}{first}"
@@ -1253,7 +1265,7 @@ def selector_plan(c, lm, rounds: int) -> str:
     with torch.device("meta"):
         selector = Selector(width, c)
     weights = sum(p.numel() for p in selector.parameters())
-    rewarded = how_many(c, c.batch) if c.fit == "selected" else c.batch
+    rewarded = how_many(c.ratio, c.batch) if c.fit == "selected" else c.batch
 
     # while the encoder learns, the pool holds contexts; once it is frozen, what it returns
     of_context = len(common.blocks(lm)) * width

@@ -272,6 +272,7 @@ class Config:
             job.check_out(Path(self.export_pairs).parent, "--export_pairs")
 
 
+# Of the method, older, n_scores, lr and epochs differ from the paper preset.
 TOY = {
     "model": "runs/toy/sft",
     "older": ["runs/toy/sft-early"],
@@ -467,7 +468,7 @@ def make_pairs(c, at: Slice, candidates: Candidates) -> tuple[list[dict], int]:
                 continue
             chosen, rejected = rng.choice(free)
             pair_id = f"{at.name}/{row['id']}/{len(used)}"
-            used.add((chosen.text, rejected.text))
+            used.add(frozenset((chosen.text, rejected.text)))
             meta = {
                 "cell": f"{positive} > {negative}",
                 "chosen_ended": chosen.ended,
@@ -487,12 +488,15 @@ def make_pairs(c, at: Slice, candidates: Candidates) -> tuple[list[dict], int]:
 
 
 def unused_pairs(
-    positives: list[Answer], negatives: list[Answer], used: set[tuple[str, str]]
+    positives: list[Answer], negatives: list[Answer], used: set[frozenset[str]]
 ) -> list[tuple[Answer, Answer]]:
-    """One positive with one negative, different and not empty, whose texts are not yet a pair."""
+    """One positive with one negative, different and not empty, whose texts are not yet a pair.
+
+    Nor the other way round: the judge would make the same pair of both.
+    """
     free = []
     for chosen, rejected in itertools.product(positives, negatives):
-        texts = chosen.text, rejected.text
+        texts = frozenset((chosen.text, rejected.text))
         empty = not chosen.text.strip() or not rejected.text.strip()
         if not empty and chosen.text != rejected.text and texts not in used:
             free.append((chosen, rejected))

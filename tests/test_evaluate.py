@@ -6,10 +6,12 @@ the numbers that they plot.
 """
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -296,6 +298,43 @@ def test_the_gap_draws_prompts_not_rows():
         assert found[name] == near(repeated[name])
 
 
+def test_an_interval_draws_prompts_not_rows(world, tmp_path, monkeypatch, capsys):
+    """Of log-probs, scores and verdicts alike: the rows of one prompt are drawn together."""
+    rng = random.Random(0)
+    rows, logps, groups = [], [], []
+    for i in range(12):
+        for k in range(3):
+            prompt = user("abcdefghijkl"[i])
+            rows.append({"id": f"{i}/{k}", "prompt": prompt, "chosen": "a" * (k + 1)})
+            rows[-1]["rejected"] = "b"
+            logps.append([i + rng.random(), 6.0])  # alike within a prompt
+            groups.append(job.seed_of(prompt))
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    monkeypatch.setattr(evaluate, "score_pairs", lambda *args: np.array(logps))
+    flags = [world / "sft", "--pairs", tmp_path / "pairs.jsonl", "--beta", 1]
+    run(monkeypatch, evaluate, *flags, "--out", tmp_path / "out")
+    found = {row["measure"]: row for row in evaluated(tmp_path)["results"]}
+    margin = [chosen - rejected for chosen, rejected in logps]
+    right = [m > 0 for m in margin]
+    for name, values in (("margin", margin), ("accuracy", right)):
+        interval = found[name]["mean"], found[name]["low"], found[name]["high"]
+        assert interval == near(bootstrap(values, groups))
+        assert interval != near(bootstrap(values))
+
+    c = Config(model="m", data="d", score=True, judge="toy", out=str(tmp_path))
+    answers = [{**row, "response": row["chosen"]} for row in rows]
+    numbers = [{"score": chosen} for chosen, _ in logps]
+    monkeypatch.setattr(evaluate, "judge_scores", lambda *args: numbers)
+    side = evaluate.score_side(c, None, "", answers, rows)
+    chosen = [chosen for chosen, _ in logps]
+    assert (side["score"], side["low"], side["high"]) == near(bootstrap(chosen, groups))
+
+    others = [{**row, "response": row["rejected"]} for row in rows]
+    verdicts = evaluate.judge_pairs(c, MadeUp(the_longer, "longer:"), answers, others)
+    for row, verdict in zip(rows, verdicts, strict=True):
+        assert verdict["prompt"] == f"{job.seed_of(row['prompt']):016x}"
+
+
 # ------------------------------------------------------------------------- preference pairs
 
 
@@ -530,7 +569,7 @@ def contents(folder, pattern: str) -> dict[str, bytes]:
 
 
 def test_other_flags_never_meet_an_old_answer(world, tmp_path):
-    """A file's name changes with model, prompts, temperature, length, seed and number format."""
+    """A file's name changes with model, prompts, temperature, length, seed, batch and dtype."""
     rows, _ = datafiles.load_rows(str(world / "test.jsonl"), "prompt", 2)
     usual = {"model": "m", "data": "d", "score": True, "judge": "toy", "out": str(tmp_path)}
     usual |= {"max_response": 6, "dtype": "float32"}
@@ -541,6 +580,7 @@ def test_other_flags_never_meet_an_old_answer(world, tmp_path):
         ({}, "sft", rows, 0.5),
         ({"max_response": 7}, "sft", rows, 0.0),
         ({"seed": 1}, "sft", rows, 0.0),
+        ({"batch": 8}, "sft", rows, 0.0),
         ({"dtype": "bfloat16"}, "sft", rows, 0.0),
     ]
     names = set()
@@ -550,6 +590,61 @@ def test_other_flags_never_meet_an_old_answer(world, tmp_path):
         evaluate.answer(c, model, some, temperature, "")
         names |= {file.name for file in tmp_path.glob("*.jsonl")}
     assert len(names) == len(variants)
+
+
+def test_other_numbers_never_meet_an_old_file(monkeypatch, tmp_path):
+    """Log-probs, verdicts and scores: a file of its own for another model, judge, text or flag."""
+    names = []
+
+    def note(path, *args, **more):
+        names.append(path.name)
+        return []
+
+    monkeypatch.setattr(job, "phase", note)
+    usual = {"model": "m", "data": "d", "score": True, "judge": "toy", "out": str(tmp_path)}
+    c = Config(**usual, dtype="float32", batch=16)
+
+    def model(folder: str, weights: str) -> evaluate.Subject:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "model.safetensors").write_text(weights)
+        return evaluate.Subject(str(tmp_path / folder), None, c.device, torch.float32, None)
+
+    pairs = [common.Pair([1], [2], [3], "0")]
+    first = model("a", "weights")
+    evaluate.score_pairs(c, first, pairs, "")
+    evaluate.score_pairs(c, first, pairs, "again")
+    evaluate.score_pairs(c, first, [pairs[0]._replace(rejected=[4])], "")
+    evaluate.score_pairs(dataclasses.replace(c, batch=8), first, pairs, "")
+    evaluate.score_pairs(dataclasses.replace(c, dtype="bfloat16"), first, pairs, "")
+    evaluate.score_pairs(c, model("b", "weights"), pairs, "")
+    evaluate.score_pairs(c, model("a", "other weights"), pairs, "")
+    assert names[0] == names[1]
+    assert len(set(names)) == 6
+
+    names.clear()
+    toys, others = MadeUp(always_a), MadeUp(always_a, "another:")
+    a = [{"id": "0", "prompt": user("q"), "response": "a"}]
+    b = [{"id": "0", "prompt": user("q"), "response": "b"}]
+    for judge, mine, theirs in ((toys, a, b), (toys, a, a), (toys, b, b), (others, a, b)):
+        evaluate.judge_pairs(c, judge, mine, theirs)
+    for judge, answers in ((toys, a), (toys, b), (others, a)):
+        evaluate.judge_scores(c, judge, answers, "")
+    assert len(set(names)) == 7
+
+
+def test_the_models_identity_is_its_folder_and_its_weights(tmp_path):
+    """Other weights in the same folder, or the same ones elsewhere, are another model."""
+    subjects = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("weights")
+        os.utime(tmp_path / name / "model.safetensors", (1, 1))
+        subjects.append(evaluate.Subject(str(tmp_path / name), None, None, None, None))
+    one, two = subjects
+    before = one.identity
+    assert one.identity == before != two.identity
+    os.utime(tmp_path / "a" / "model.safetensors", (2, 2))
+    assert one.identity != before
 
 
 def test_two_ranks_find_what_one_finds(world, tmp_path, monkeypatch, capsys):
@@ -767,6 +862,7 @@ def dnpo_run(tmp_path, name: str, seed: int, scores: list[list[float]], **config
         "noise_init": 0.1,
         "labels": "judge",
         "noise": True,
+        "noise_update": "joint",
         "seed": seed,
         "out": name,
         "lr": 1e-4,
@@ -868,6 +964,38 @@ def test_runs_that_differ_in_their_seed_are_one_kind(tmp_path):
     ]
 
 
+def kinds_of(runs) -> dict[str, list[str]]:
+    """The folders of each kind of runs."""
+    return {kind.name: [run.folder.name for run in kind.runs] for kind in group_runs(runs)}
+
+
+def test_runs_that_lack_a_newer_flag_or_differ_in_the_systems_are_one_kind(tmp_path):
+    """An old run joins the only kind that it is like; where there are two, it stays apart."""
+    fsdp = {"parallel": "fsdp", "offload_reference": True, "save_dtype": "float32"}
+    ddp = {"parallel": "ddp", "offload_reference": False, "save_dtype": "bfloat16"}
+    variants = {
+        "old": {},
+        "fsdp": {"judge_noise": 0.0, **fsdp},
+        "ddp": {"judge_noise": 0.0, **ddp},
+        "errs": {"judge_noise": 0.3},
+        "old-spin": {"labels": "annotation"},
+    }
+    runs = []
+    for name, config in variants.items():
+        folder = dnpo_run(tmp_path, name, seed=0, scores=[[1.0]] * 3, **config)
+        runs.append(read_run(str(folder)))
+    old, sharded, replicated, errs, old_spin = runs
+    assert kinds_of([old, sharded, replicated, old_spin]) == {
+        "DNPO": ["fsdp", "ddp", "old"],
+        "SPIN + NPO": ["old-spin"],
+    }
+    assert kinds_of([old, sharded, errs]) == {
+        "DNPO": ["fsdp"],
+        "DNPO, judge_noise 0.3": ["errs"],
+        "DNPO, judge_noise unknown": ["old"],
+    }
+
+
 def test_tasks_have_panels_of_their_own(tmp_path):
     """Kinds under the task that they share, named by what differs between tasks."""
     variants = {
@@ -917,6 +1045,74 @@ def test_dnpo_figures_plot_the_runs_numbers(tmp_path):
     assert figures.iteration_means(own, "noise/drop_margin") == near({2: 1.5})
     assert figures.iteration_means(own, "weights/mean") == near({1: 0.15, 2: 0.15})
     assert figures.iteration_means(spin, "noise/drop_margin") == {}
+
+
+def drawn_lines(ax) -> list[tuple]:
+    """The name, places and heights of each line of a panel; not the marks between iterations."""
+    named = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    return [(line.get_label(), list(line.get_xdata()), near(line.get_ydata())) for line in named]
+
+
+def drawn_bars(ax) -> dict[str, list[float]]:
+    """The heights of each part of a panel's bars, from left to right."""
+    found = {}
+    for part in ax.containers:
+        found[part.get_label()] = near([bar.get_height() for bar in part])
+    return found
+
+
+@pytest.fixture
+def dnpo_and_spin(tmp_path) -> list:
+    """A kind of DNPO, which beats the annotations and SPIN more and more often, and one of SPIN."""
+    pytest.importorskip("matplotlib")
+    scores = [[1.0, 1.0, 1.0, 1.0], [2.0, 1.0, 0.0, 1.0], [5.0, 5.0, 5.0, 0.0]]
+    even = [[1.0, 1.0, 1.0, 1.0]] * 3
+    own = dnpo_run(tmp_path, "own", 0, scores)
+    spin = dnpo_run(tmp_path, "spin", 0, even, labels="annotation", noise=False)
+    return group_runs([read_run(str(own)), read_run(str(spin))])
+
+
+def test_figure_1_shows_who_wins_against_the_annotations(dnpo_and_spin):
+    """A part of the bars has the name of what results.json calls win, tie or loss."""
+    _, figure, numbers = figures.dnpo_win_rate(dnpo_and_spin)
+    assert [ax.get_title() for ax in figure.axes] == ["DNPO", "SPIN"]
+    for ax in figure.axes:
+        assert drawn_bars(ax) == {
+            "generated wins": [0, 25, 50],
+            "generated ties": [25, 25, 25],
+            "generated loses": [75, 50, 25],
+        }
+    assert [row["win"] for row in numbers] == [0.0, 0.25, 0.5] * 2
+
+
+def test_figure_7_shows_who_wins_against_spin(dnpo_and_spin):
+    """Its gap is above 0 where DNPO's answers win more often than they lose."""
+    duels = figures.duels_with_spin(dnpo_and_spin)
+    _, figure, numbers = figures.dnpo_against_spin(duels)
+    (ax,) = figure.axes
+    assert ax.get_title() == "DNPO against SPIN\nwin–loss gap at the end +50.0 points"
+    assert drawn_bars(ax) == {"win": [0, 25, 75], "tie": [100, 50, 0], "loss": [0, 25, 25]}
+    assert [row["gap to SPIN"] for row in numbers] == [0, 0, 0.5]
+
+
+def test_figures_5_8_and_9_show_scores_and_losses_under_their_names(dnpo_and_spin):
+    """Scores by iteration, those of the last one, and the losses of model and noise by step."""
+    _, figure, _ = figures.dnpo_score(dnpo_and_spin)
+    assert drawn_lines(figure.axes[0]) == [
+        ("DNPO", [0, 1, 2], [1.0, 1.0, 3.75]),
+        ("SPIN", [0, 1, 2], [1.0, 1.0, 1.0]),
+    ]
+    _, figure, _ = figures.dnpo_ablation(dnpo_and_spin)
+    (ax,) = figure.axes
+    assert [name.get_text() for name in ax.get_xticklabels()] == ["SPIN", "DNPO"]
+    assert list(drawn_bars(ax).values()) == [[1.0, 3.75]]
+
+    _, figure, numbers = figures.dnpo_losses(dnpo_and_spin[:1])
+    assert drawn_lines(figure.axes[0]) == [
+        ("model loss", [1, 2], [2.1, 2.2]),
+        ("noise loss", [1, 2], [-0.2, -0.2]),
+    ]
+    assert numbers == [{"runs": "DNPO", "model loss at the end": 2.2}]
 
 
 def test_the_noise_figure_has_a_line_for_each_kind_with_the_data(tmp_path):
@@ -977,6 +1173,21 @@ def test_tso_figures_plot_the_runs_numbers(tmp_path):
     assert [kind.name for kind in group_runs([run, plain])] == ["dual clip", "DPO"]
     assert figures.spreads(plain) == {}
 
+    pytest.importorskip("matplotlib")
+    rewards, scores = figures.tso_figures(group_runs([run, plain]))
+    titles = ["Fig. 3: DPO", "Fig. 4: dual clip"]
+    assert [ax.get_title() for ax in rewards.figure.axes] == titles
+    for ax in rewards.figure.axes:
+        assert drawn_lines(ax) == [
+            ("positive responses", [1, 2, 3, 4, 5, 6], chosen),
+            ("negative responses", [1, 2, 3, 4, 5, 6], rejected),
+        ]
+    before, after = scores.figure.axes[0].collections
+    assert before.get_label() == "before training"
+    assert before.get_offsets().tolist() == [[1.0, -1.0]]
+    assert after.get_label() == "after training"
+    assert after.get_offsets().tolist() == [[2.0, -2.0]]
+
 
 def test_the_sweep_figure_plots_every_axis_of_all_files(tmp_path, capsys):
     """Seconds above and memory below, a column an axis, a line a row; or one line of error."""
@@ -1029,6 +1240,18 @@ def test_sams_figures_plot_the_runs_numbers(tmp_path):
 
     expected = {"score": 0.5, "select": 0.25, "train": 8 / 4.0 - 0.75, "memory": 2.0}
     assert figures.costs(run) == near(expected)
+
+    pytest.importorskip("matplotlib")
+    accuracy, flipped, cost = figures.sams_figures(group_runs([run]))
+    (ax,) = accuracy.figure.axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("Updates", "Test accuracy (%)")
+    assert drawn_lines(ax) == [("SamS", [2, 4], [70, 90])]
+    (line,) = flipped.figure.axes[0].get_lines()
+    assert list(line.get_xdata()) == [1, 2, 3, 4]
+    assert list(line.get_ydata())[1:] == near([50, 20, 100 / 3])
+    seconds, memory = cost.figure.axes
+    assert drawn_bars(seconds) == {"training": [1.25], "scoring pass": [0.5], "selector": [0.25]}
+    assert list(drawn_bars(memory).values()) == [[2.0]]
 
 
 FIGURES = {

@@ -702,6 +702,66 @@ def test_a_judge_that_errs_flips_exactly_its_share_of_labels(monkeypatch, flags,
     assert files[0].count(b'"flipped": true') == 7
 
 
+def test_every_iteration_draws_its_answers_with_a_seed_of_its_own(monkeypatch):
+    """The same noise twice would give the same answers where the policy has hardly moved."""
+    seeds = []
+
+    def note(out, rows, model, sampling, seed, note):
+        seeds.append(seed)
+
+    monkeypatch.setattr(common, "generate", note)
+    for seed, number in ((0, 1), (0, 2), (1, 1)):
+        at = dnpo.Iteration(number, True, True, Path(f"iter{number}"), "float32")
+        dnpo.sample_answers(dnpo.Config(seed=seed), at, [], None, None)
+    assert len(set(seeds)) == 3
+
+
+def dies_after(calls: int):
+    """An exact judge of 5 points for everybody that dies after so many answers."""
+    asked = []
+
+    def score(prompt, text):
+        asked.append(text)
+        if len(asked) > calls:
+            raise Killed
+        return 5.0
+
+    return common.ExactJudge("toy", score)
+
+
+def said(texts: str) -> list[dict]:
+    """Rows, or sampled answers, of one prompt each."""
+    rows = []
+    for i, text in enumerate(texts):
+        prompt = [{"role": "user", "content": f"p{i}"}]
+        rows.append({"id": str(i), "prompt": prompt, "response": text, "meta": {"finish": "stop"}})
+    return rows
+
+
+@pytest.mark.parametrize("phase", ["label", "measure"])
+def test_judging_goes_on_only_with_the_texts_that_it_was_begun_with(
+    monkeypatch, tmp_path, capsys, phase
+):
+    """A killed labelling or measuring is refused other annotations, and other answers."""
+    c = dnpo.Config(judge="toy", sample_batch=2)
+    at = dnpo.Iteration(2, True, True, tmp_path, "float32")
+    sampling = common.Sampling(1.0, 8, 2)
+
+    def work(rows, answers):
+        monkeypatch.setattr(common, "generate", lambda *args, **more: answers)
+        if phase == "label":
+            dnpo.label(c, at, rows, answers, dies_after(4))
+        else:
+            common.held_out(tmp_path, rows, None, sampling, dies_after(4), seed=0)
+
+    with pytest.raises(Killed):
+        work(said("abcd"), said("efgh"))
+    for rows, answers in ((said("abcx"), said("efgh")), (said("abcd"), said("efgx"))):
+        with pytest.raises(SystemExit):
+            work(rows, answers)
+        assert "was begun with other settings" in capsys.readouterr().err
+
+
 def labelled(name: str, why: str | None = None) -> dict:
     """A preference row that is trained on, or left out."""
     prompt = [{"role": "user", "content": "ba"}]
@@ -1037,16 +1097,17 @@ def test_every_cell_of_figure_8_runs(monkeypatch, flags, tmp_path, cell):
 
 
 def test_the_previous_iterations_pairs_are_mixed_in(monkeypatch, flags, tmp_path):
-    """--mix_previous: iteration 2 trains on the pairs of 2 and 1, iteration 1 on its own."""
+    """--mix_previous: iteration k trains on the pairs of k and k - 1, iteration 1 on its own."""
     out = tmp_path / "run"
-    run(monkeypatch, dnpo, *flags(out, mix_previous=True))
+    run(monkeypatch, dnpo, *flags(out, mix_previous=True, iterations=2, max_steps=1))
     kept = []
-    for name in ("iter1", "iter2"):
+    for name in ("iter1", "iter2", "iter3"):
         rows = lines(out / name / "pairs.jsonl")
         kept.append(sum(row["chosen"] != row["rejected"] for row in rows))
-    _, first, second = results(out)["iterations"]
+    _, first, second, third = results(out)["iterations"]
     assert first["pairs"] == kept[0]
     assert second["pairs"] == kept[0] + kept[1]
+    assert third["pairs"] == kept[1] + kept[2]
 
 
 def test_ties_are_dropped_and_counted_if_asked(monkeypatch, flags, tmp_path):

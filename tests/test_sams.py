@@ -782,6 +782,54 @@ def test_only_sample_draws():
     assert choose("topk", 1) == choose("topk", 2) == highest
 
 
+def test_the_bandit_is_told_of_losses_margins_and_chosen_log_probs():
+    """What pick() hands over: by hand from log-probs, and K of n."""
+    rng = random.Random(2)
+    pairs = random_pairs(12)
+    logps, ref_logps = [], []
+    for _ in pairs:
+        logps.append(random_numbers(rng, 2, -30, -1))
+        ref_logps.append(random_numbers(rng, 2, -30, -1))
+    batch = Data(pairs, torch.tensor(ref_logps), [False] * 12)
+    seen = sams.Seen(torch.tensor(logps), torch.randn(12, 2, 4))
+
+    class Told:
+        def round(self, *told):
+            self.told = told
+            return [], {}
+
+    bandit = Told()
+    pick(tiny(select="topk", ratio=0.25), batch, seen, bandit, 1)
+    contexts, losses, margin, chosen_logps, k, seed = bandit.told
+    naive = [0.3 * naive_ratio(*both) for both in zip(logps, ref_logps)]
+    assert contexts is seen.contexts
+    assert margin.tolist() == near(naive)
+    assert losses.tolist() == near([naive_loss(m) for m in naive])
+    assert chosen_logps.tolist() == near([chosen for chosen, _ in logps])
+    assert (k, seed) == (3, None)
+
+
+def test_every_round_of_the_pretraining_draws_with_a_seed_of_its_own():
+    """With --select sample; topk draws nothing."""
+
+    class Told:
+        device = CPU
+
+        def round(self, contexts, losses, margin, chosen_logps, k, seed):
+            seeds.append(seed)
+            return [], {}
+
+    seeds = []
+    data = Data(random_pairs(12), torch.zeros(12, 2), [False] * 12)
+    policy = PoolingScorer(tiny_lm(6))
+    for how, step in (("sample", 0), ("sample", 1), ("topk", 0)):
+        c = tiny(select=how)
+        sams.pretraining_round(c, policy, data, list(range(12)), Told(), step)
+    assert None not in seeds[:2]
+    assert len(set(seeds)) == 3
+    assert seeds[2] is None
+
+
 def test_policy_and_reference_agree_to_the_bit_in_bf16():
     """With one pair a forward pass, an untrained policy's margin is 0 in any order of the batch.
 
@@ -1203,6 +1251,15 @@ def test_controls_pick_what_they_say(monkeypatch, flags, tmp_path):
 
     at_random, by_oracle = metrics(tmp_path / "random")[0], metrics(tmp_path / "oracle")[0]
     assert at_random["selected/indices"] != by_oracle["selected/indices"]
+
+
+def test_a_share_is_rounded_up_as_a_decimal():
+    """ceil(share n) in whole hundredths: 0.07 x 100 is 7, not 7.000000000000001 and so 8."""
+    for hundredths in range(1, 101):
+        for n in range(1, 200):
+            k = -(-hundredths * n // 100)
+            assert sams.how_many(hundredths / 100, n) == k
+    assert sams.how_many(1e-5, 100_001) == 2
 
 
 def test_k_is_rounded_up(monkeypatch, flags, tmp_path):
