@@ -1553,6 +1553,30 @@ def test_bad_input_is_one_line_before_any_model(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "more, numbers_of_a_pair, rounds",
+    [
+        ({}, 2 * 16, 5000),  # the contexts: two layers of width 16
+        ({"pool": 3000, "context": "both"}, 2 * 32, 3000),
+        ({"pretrain_rounds": 100}, 128, 5000),  # more than 100 rounds of contexts
+        ({"pretrain_rounds": 2000}, 128, 5000),
+        ({"pretrain_rounds": 40000}, 2 * 16, 40000),  # these are more
+        ({"fit": "all"}, 2 * 2 * 16, 5000),  # all 12 pairs of a batch for 6
+    ],
+)
+def test_the_plan_says_what_the_selector_and_its_pool_may_take(more, numbers_of_a_pair, rounds):
+    """16 bytes for each weight; 4 for each number of a round's 6 pairs, in the larger phase."""
+    c = tiny(**more)
+    lm = tiny_lm(1)
+    selector = Selector(32 if c.context == "both" else 16, c)
+    weights = sum(p.numel() for p in selector.parameters())
+    pool = 4 * 6 * numbers_of_a_pair * rounds
+    assert sams.selector_plan(c, lm, 5000) == (
+        f"selector: {weights / 1e6:.1f} M weights, {16 * weights / 2**30:.2f} GiB on each rank; "
+        f"pool: up to {pool / 2**30:.2f} GiB of CPU memory on each"
+    )
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(monkeypatch, flags, tmp_path, capsys):
     """Counts, flips, steps and one pair with its masks; no folder, no model."""
 
