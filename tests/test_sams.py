@@ -794,19 +794,18 @@ def test_the_bandit_is_told_of_losses_margins_and_chosen_log_probs():
     seen = sams.Seen(torch.tensor(logps), torch.randn(12, 2, 4))
 
     class Told:
-        def round(self, *told):
-            self.told = told
+        def round(self, contexts, **told):
+            self.contexts, self.told = contexts, told
             return [], {}
 
     bandit = Told()
     pick(tiny(select="topk", ratio=0.25), batch, seen, bandit, 1)
-    contexts, losses, margin, chosen_logps, k, seed = bandit.told
     naive = [0.3 * naive_ratio(*both) for both in zip(logps, ref_logps)]
-    assert contexts is seen.contexts
-    assert margin.tolist() == near(naive)
-    assert losses.tolist() == near([naive_loss(m) for m in naive])
-    assert chosen_logps.tolist() == near([chosen for chosen, _ in logps])
-    assert (k, seed) == (3, None)
+    assert bandit.contexts is seen.contexts
+    assert bandit.told["margin"].tolist() == near(naive)
+    assert bandit.told["losses"].tolist() == near([naive_loss(m) for m in naive])
+    assert bandit.told["chosen_logps"].tolist() == near([chosen for chosen, _ in logps])
+    assert (bandit.told["k"], bandit.told["seed"]) == (3, None)
 
 
 def test_every_round_of_the_pretraining_draws_with_a_seed_of_its_own():
