@@ -582,8 +582,10 @@ class Scorer(nn.Module):
                 logits = self.lm(input_ids=ids, use_cache=False).logits[0]  # [T, V]
             alone.append(token_logps(logits[:-1], ids[0, 1:]))
         error = (together.detach() - torch.cat(alone)).abs().mean().item()
+        if not math.isfinite(error):
+            sys.exit(f"error: {self.lm.name_or_path}: its log-probs are not finite: a broken model")
         rounding = 1e-3 if self.lm.dtype == torch.float32 else 0.3  # nats
-        if not error < rounding:
+        if error > rounding:
             job.die(
                 f"{self.lm.name_or_path}: log-probs of this kind of model "
                 f"({self.lm.config.model_type}) would be wrong by {error:.2g} nats a token: they "

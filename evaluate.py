@@ -265,8 +265,6 @@ class Config:
             raise ValueError("--export needs --questions")
         job.check_positive(self, "beta", "max_response", "limit", "batch")
         job.check_not_negative(self, "temperature", "seed")
-        if self.name and "/" in self.name:
-            raise ValueError(f"--name {self.name} is to be a file's name in --out, without a /")
 
     @property
     def folder(self) -> Path:

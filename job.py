@@ -395,9 +395,10 @@ def hold(path: Path, what: Path):
     Every rank holds a lock, and rank 0 of a newcomer must get it alone: ranks that have outlived
     their torchrun still keep others out. The system frees what a dead process has held.
     """
-    if path in HELD:  # this process was here before
+    if path in HELD:  # this process was here before, and so were the other ranks
         fcntl.flock(HELD[path], fcntl.LOCK_UN)
         os.close(HELD.pop(path))
+        barrier()
     file = HELD[path] = open_lock(path)
     taken = on_rank_0() and not is_locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if on_any_rank(taken):
