@@ -1378,7 +1378,7 @@ def test_many_rows_of_one_id_are_quick(tmp_path):
     [
         ("{{ 1 / 0 }}", "refuses a prompt of ['user']: division by zero"),
         ("{{ messages[7]['content'] + 1 }}", "refuses a prompt of ['user']"),
-        ("", "makes nothing of a prompt of ['user']"),
+        ("", "renders nothing of a prompt that is plain text"),
     ],
 )
 def test_a_template_may_fail_with_anything(capsys, template, words):
