@@ -185,7 +185,8 @@ def test_log_probs_of_a_padded_batch_are_the_models_own_of_each_sequence_alone(f
     scorer = sams.PoolingScorer(common.load_lm(str(folder_of(name)), torch.float32, CPU))
     lm = sharp(folder_of(name))
     with torch.no_grad():
-        logps, pooled = scorer(*common.collate(SEQUENCES, CPU), pool=True)
+        ids, mask = common.collate(SEQUENCES, CPU)
+        logps, pooled = scorer(ids, mask, mask)
         for i, (prompt, response) in enumerate(SEQUENCES):
             wanted = own_logp(lm, prompt, response)
             assert logps[i].item() == pytest.approx(wanted.item(), abs=1e-4)
@@ -198,12 +199,14 @@ def test_log_probs_of_a_padded_batch_are_the_models_own_of_each_sequence_alone(f
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_answers_of_a_padded_batch_are_those_of_each_prompt_alone(folder_of, name):
+def test_greedy_answers_of_a_padded_batch_are_those_of_each_prompt_alone(
+    monkeypatch, folder_of, name
+):
     """Eight tokens each, against the largest of the model's own logits, without any cache."""
     lm = common.load_lm(str(folder_of(name)), torch.float32, CPU)
     prompts = [[1, 40, 41, 42, 43, 44, 45, 46, 47], [1, 60, 61], [5]]
-    drawn = common.sample(lm, Ids(), prompts, 0.0, 8, seed=0)
-    for prompt, (text, _) in zip(prompts, drawn):
+    read_ids(monkeypatch)
+    for prompt, (text, _) in zip(prompts, common.sample(lm, None, prompts, 0.0, 8, seed=0)):
         ids = list(prompt)
         with torch.no_grad():
             while len(ids) < len(prompt) + 8:
@@ -214,13 +217,14 @@ def test_greedy_answers_of_a_padded_batch_are_those_of_each_prompt_alone(folder_
         assert text == str(ids[len(prompt) :])
 
 
-class Ids:
-    """A tokenizer whose texts are lists of ids."""
+def read_ids(monkeypatch):
+    """From here on an answer's text is the list of its ids up to token 2, without a tokenizer."""
 
-    eos_token_id = 2
+    def read_answer(tok, ids, ends):
+        return common.Drawn(str(ids[: ids.index(2)] if 2 in ids else ids), "stop")
 
-    def decode(self, ids, **more) -> str:
-        return str(ids)
+    monkeypatch.setattr(common, "end_tokens", lambda lm, tok: {2})
+    monkeypatch.setattr(common, "read_answer", read_answer)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -355,8 +359,8 @@ def test_margins_within_rounding_are_all_equal():
 def test_the_noise_comes_after_the_soft_cap_and_the_scale(folder_of, name):
     """log p_noise of a rejected answer, from the model's own logits plus sigma eps."""
     lm = sharp(folder_of(name))
-    reference = dnpo.NoisyReference(sharp(folder_of(name)), init=2.0)
-    logps, sigma, square = reference(*common.collate(SEQUENCES, CPU), seeds=[5])
+    reference = dnpo.NoisyReference(sharp(folder_of(name)), init="2.0")
+    logps, clean_logps, drop, square = reference(*common.collate(SEQUENCES, CPU), seeds=[5])
 
     prompt, response = SEQUENCES[1]
     with torch.no_grad():
@@ -367,6 +371,8 @@ def test_the_noise_comes_after_the_soft_cap_and_the_scale(folder_of, name):
     wanted = noisy[range(len(response)), response].sum()
     assert logps[1].item() == pytest.approx(wanted.item(), abs=1e-4)
     assert logps[0].item() == pytest.approx(chosen.item(), abs=1e-4)
+    clean = logits.log_softmax(-1)[range(len(response)), response].sum()
+    assert clean_logps.item() == pytest.approx(clean.item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "Gemma-3 with eyes"])
@@ -422,7 +428,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
-def test_a_model_whose_log_probs_would_be_wrong_is_one_line(capsys, folder_of, kind):
+def test_a_model_whose_log_probs_would_be_wrong_is_one_line(monkeypatch, capsys, folder_of, kind):
     """No Scorer is made of it, of whatever kind; sampling needs none."""
     lm = common.load_lm(str(folder_of(UNKNOWN[kind], kind)), torch.float32, CPU)
     for wrap in (common.Scorer, sams.PoolingScorer, lambda lm: dnpo.NoisyReference(lm, 0.1)):
@@ -432,7 +438,8 @@ def test_a_model_whose_log_probs_would_be_wrong_is_one_line(capsys, folder_of, k
         assert stop.value.code == 2
         assert err.count("\n") == 1
         assert f"log-probs of this kind of model ({kind}) would be wrong by" in err
-    assert common.sample(lm, Ids(), [[1, 60], [5]], 0.0, 4, seed=0)
+    read_ids(monkeypatch)
+    assert common.sample(lm, None, [[1, 60], [5]], 0.0, 4, seed=0)
 
 
 def test_blocks_that_see_their_batch_mates_are_one_line(capsys, folder_of):
@@ -490,7 +497,7 @@ def test_blocks_that_give_no_states_are_one_line_of_sams_alone(monkeypatch, caps
     streams = torch.zeros(*args[0].shape, 4, 32)  # as DeepSeek-V4's, which is widened to 4 streams
     scorer.mask = args[1]
     with pytest.raises(SystemExit) as stop:
-        scorer.pool(0, block, (), streams)
+        scorer.keep_mean(0, block, (), streams)
     assert stop.value.code == 2
     assert "give [2, 16, 4, 32], not [S, T, D]" in capsys.readouterr().err
     assert torch.equal(scorer(*args)[0], logps)

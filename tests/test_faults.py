@@ -402,7 +402,7 @@ def test_a_loss_that_is_no_number_names_the_rows(monkeypatch, flags, tmp_path, v
     def broken(*args):
         calls.append(args)
         losses = dpo_losses(*args)
-        if len(calls) > 2:  # the first step's 8 selected pairs are 2 micro-batches
+        if len(calls) > 3:  # the first step's: for the bandit, and of 2 micro-batches of 4 pairs
             losses = losses * value
         return losses
 
@@ -517,7 +517,8 @@ def test_the_last_checkpoint_may_be_saved_in_half_the_size(world, tmp_path, monk
     monkeypatch.setattr(job, "save_checkpoint", save_and_keep)
     few = {"limit": 16, "max_steps": 1, "save_dtype": "bfloat16"}
     run(monkeypatch, dnpo, *dnpo_flags(world, out=tmp_path / "dnpo", test_prompts=2, **few))
-    run(monkeypatch, sams, *sams_flags(world, out=tmp_path / "sams", preselect=0.5, **few))
+    half = {"preselect": 0.5, "preselect_splits": 1}
+    run(monkeypatch, sams, *sams_flags(world, out=tmp_path / "sams", **half, **few))
     tso_few = {"data": world / "train.jsonl", "test": world / "test.jsonl", "slices": 2}
     tso_few.update(model=world / "sft", older=world / "sft-early", smaller=world / "sft-small")
     tso_few.update(batch=4, micro_batch=4, test_prompts=2, n_scores=0, judge="toy", preset="toy")
