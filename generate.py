@@ -211,6 +211,7 @@ def write_pairs(rows: list[dict], answers: list[dict], judge: Judge, c: Config):
         pair = preference_pair(row, *own[row["id"]])
         if pair:
             pairs.append(pair)
+    job.barrier()  # all ranks have read the scores
     if job.on_rank_0():
         job.write_atomic(Path(c.pairs), job.json_lines(pairs))
         Path(f"{c.pairs}.scores").unlink()
