@@ -406,8 +406,9 @@ def busy_bandit(work: Work, frozen: bool) -> sams.Bandit:
     if frozen:
         bandit.freeze_encoder(bandit.selector.encoder.state_dict())
     seen = observe(work)
-    for _ in job.progress(range(work.how.replay + 2), "fill the pool"):
+    for _ in range(2):  # the second learns from the first, which joins the pool
         choose(work, bandit, seen)
+    bandit.pool.rounds *= work.how.replay
     return bandit
 
 

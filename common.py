@@ -780,6 +780,7 @@ def load_lm(path: str, dtype: torch.dtype, device):
     return lm.to(device).eval()
 
 
+@torch.no_grad()
 def sample(
     lm,
     tok,
@@ -788,26 +789,8 @@ def sample(
     max_new_tokens: int,
     seed: int,
     allowed: list[int] | None = None,
-) -> list[tuple[str, str]]:
-    """Draws an answer to each prompt (ids), of `allowed` tokens only if they are given.
-
-    Returns (text, "stop" | "length") for each; see draw.
-    """
-    drawn = draw(lm, tok, prompts, temperature, max_new_tokens, seed, allowed)
-    return [(answer.text, answer.finish) for answer in drawn]
-
-
-@torch.no_grad()
-def draw(
-    lm,
-    tok,
-    prompts: list[list[int]],
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    allowed: list[int] | None = None,
 ) -> list[Drawn]:
-    """sample(), with the sampled ids where they are needed.
+    """Draws an answer to each prompt (ids), of `allowed` tokens only if they are given.
 
     One seed serves the whole call, so that an answer depends on its batch.
     """
@@ -917,7 +900,7 @@ def generate(
     def work(items, number):
         nonlocal lm
         lm = lm or model.load()
-        answers = draw(
+        answers = sample(
             lm,
             model.tok,
             [prompts[i] for i, _ in items],
@@ -1405,8 +1388,8 @@ class LocalJudge(TextJudge):
             prompts = [ids[i] for i in some]
             how = temperature, self.max_new_tokens, job.seed_of(start), allowed
             drawn = sample(self.lm, self.tok, prompts, *how)
-            for i, (text, _) in zip(some, drawn):
-                answers[i] = opening + text
+            for i, answer in zip(some, drawn):
+                answers[i] = opening + answer.text
         return answers
 
     def free(self):

@@ -770,7 +770,7 @@ def test_alpaca_eval_reads_what_is_exported(world, tmp_path, monkeypatch, capsys
     tok, _ = common.load_tokenizer(str(world / "sft"))
     for question, output in zip(questions, outputs):
         ids = common.prompt_ids(tok, user(question["instruction"]))
-        ((text, _),) = common.sample(lm, tok, [ids], 0.0, 12, 0)
+        ((text, *_),) = common.sample(lm, tok, [ids], 0.0, 12, 0)
         assert output == text
     capsys.readouterr()
 

@@ -206,7 +206,7 @@ def test_greedy_answers_of_a_padded_batch_are_those_of_each_prompt_alone(
     lm = common.load_lm(str(folder_of(name)), torch.float32, CPU)
     prompts = [[1, 40, 41, 42, 43, 44, 45, 46, 47], [1, 60, 61], [5]]
     read_ids(monkeypatch)
-    for prompt, (text, _) in zip(prompts, common.sample(lm, None, prompts, 0.0, 8, seed=0)):
+    for prompt, (text, *_) in zip(prompts, common.sample(lm, None, prompts, 0.0, 8, seed=0)):
         ids = list(prompt)
         with torch.no_grad():
             while len(ids) < len(prompt) + 8:

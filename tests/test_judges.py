@@ -522,7 +522,7 @@ def replaced_sample(monkeypatch, opening: str, answer) -> list[tuple[int, float]
         answers = []
         for ids in prompts:
             header = len(ids) - 1 - ids[::-1].index(ASSISTANT)  # the last one
-            answers.append((answer(read(ids[:header])), "stop"))
+            answers.append(common.Drawn(answer(read(ids[:header])), "stop"))
             begun = tok("<|assistant|>" + opening)["input_ids"]  # the answer is begun
             begun_text = tok.decode(begun)
             assert tok.decode(ids[header:], skip_special_tokens=False) == begun_text
@@ -601,7 +601,7 @@ def test_a_local_model_is_held_to_the_form(world, tmp_path, monkeypatch):
 
     def sample(lm, tok, prompts, *how):
         allowed.append("".join(map(chr, how[-1])))
-        return [("1]]", "length")] * len(prompts)
+        return [common.Drawn("1]]", "length")] * len(prompts)
 
     with monkeypatch.context() as patch:
         patch.setattr(common, "load_lm", a_model)
@@ -615,10 +615,10 @@ def test_a_local_model_is_held_to_the_form(world, tmp_path, monkeypatch):
     prompts = [[1, 4, 9, 7, 8, 5]] * 4  # "cab"
     free = common.sample(lm, tok, prompts, 1.0, 12, 0, None)
     held = common.sample(lm, tok, prompts, 1.0, 12, 0, [15, 16])  # i and j
-    for text, finish in held:
+    for text, finish, _ in held:
         assert set(text) == set("ij")
         assert finish == "length"
-    for text, _ in free:
+    for text, *_ in free:
         assert not set(text) <= set("ij")
 
 
@@ -667,7 +667,7 @@ def test_judges_read_quoted_texts_as_text(world, tmp_path, monkeypatch):
 
     def sample(lm, tok, prompts, *more):
         seen.extend(prompts)
-        return [("5]]", "stop")] * len(prompts)
+        return [common.Drawn("5]]", "stop")] * len(prompts)
 
     monkeypatch.setattr(common, "sample", sample)
     monkeypatch.setattr(common, "load_lm", a_model)

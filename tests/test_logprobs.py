@@ -35,7 +35,6 @@ from common import (
     load_tokenizer,
     prompt_ids,
     response_ids,
-    sample,
 )
 from dnpo import implicit_rewards, model_losses, preference_losses
 
@@ -663,6 +662,11 @@ def naive_greedy(lm, prompt: list[int], n: int) -> list[int]:
 FIRST_LETTER = 7  # of the toy tokenizer's ids; those below are special tokens
 
 
+def sampled(*how) -> list[tuple[str, str]]:
+    """Text and finish of common.sample's answers."""
+    return [answer[:2] for answer in common.sample(*how)]
+
+
 def naive_answer(tok, tokens: list[int], ends: set[int]) -> tuple[str, str]:
     """The letters up to the first end token, and whether there was one."""
     text = ""
@@ -704,8 +708,8 @@ def test_greedy_answers_are_the_models_argmax_alone_and_in_a_batch():
         all_ends = {eos, *ends} if isinstance(ends, list) else {eos, ends}
         wanted = [naive_answer(tok, new, all_ends) for new in tokens]
 
-        assert sample(lm, tok, prompts, 0.0, 8, 1) == wanted
-        alone = [sample(lm, tok, [prompt], 0.0, 8, 1)[0] for prompt in prompts]
+        assert sampled(lm, tok, prompts, 0.0, 8, 1) == wanted
+        alone = [sampled(lm, tok, [prompt], 0.0, 8, 1)[0] for prompt in prompts]
         assert alone == wanted
         finishes.update((how, bool(text)) for text, how in wanted)
     assert finishes >= {("stop", True), ("stop", False), ("length", True)}
@@ -741,14 +745,14 @@ def test_samples_are_the_models_own_distribution(tmp_path, temperature):
     lm.save_pretrained(tmp_path)
     loaded = load_lm(str(tmp_path), torch.float32, "cpu")
 
-    drawn = sample(loaded, tok, [prompt] * n, temperature, 1, 1)
+    drawn = sampled(loaded, tok, [prompt] * n, temperature, 1, 1)
     for answer, share in shares.items():
         error = math.sqrt(share * (1 - share) / n)
         assert abs(drawn.count(answer) / n - share) <= 5 * error + 1e-9, answer
 
-    first = sample(loaded, tok, [prompt] * 50, temperature, 4, 1)
-    again = sample(loaded, tok, [prompt] * 50, temperature, 4, 1)
-    other_seed = sample(loaded, tok, [prompt] * 50, temperature, 4, 2)
+    first = sampled(loaded, tok, [prompt] * 50, temperature, 4, 1)
+    again = sampled(loaded, tok, [prompt] * 50, temperature, 4, 1)
+    other_seed = sampled(loaded, tok, [prompt] * 50, temperature, 4, 2)
     assert first == again != other_seed
 
 
@@ -759,7 +763,7 @@ def test_a_sampled_answer_comes_back_as_the_ids_it_was_sampled_as():
     lm.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
     texts = ("abc", "pop", "b", "feed", "jade", "kim")
     prompts = [prompt_ids(tok, [{"role": "user", "content": text}]) for text in texts]
-    answers = sample(lm, tok, prompts, 0.0, 6, 1)
+    answers = sampled(lm, tok, prompts, 0.0, 6, 1)
     for prompt, (text, how) in zip(prompts, answers, strict=True):
         new = naive_greedy(lm, prompt, 6)
         assert min(new) == 2 or min(new) >= FIRST_LETTER
@@ -782,7 +786,7 @@ def test_sampling_stops_where_the_template_ends_a_turn(ends):
 
     stops = {2, eos, *(ends if isinstance(ends, list) else [ends])}
     wanted = [naive_answer(tok, new, stops) for new in tokens]
-    assert sample(lm, tok, prompts, 0.0, 12, 1) == wanted
+    assert sampled(lm, tok, prompts, 0.0, 12, 1) == wanted
     for removed in (2, eos):
         assert wanted != [naive_answer(tok, new, stops - {removed}) for new in tokens]
     assert response_ids(tok, "abc", True, 9) == [7, 8, 9, 2]
@@ -815,9 +819,8 @@ def test_an_answer_is_trained_as_the_tokens_that_were_sampled(tmp_path):
         ([h, tok.bos_token_id, i], "hi", None),
         ([], "", None),
     ):
-        (answer,) = common.draw(forced([*ids, end, i]), tok, [[1]], 1.0, 9, 0)
+        (answer,) = common.sample(forced([*ids, end, i]), tok, [[1]], 1.0, 9, 0)
         assert answer == (text, "stop", kept)
-        assert sample(forced([*ids, end, i]), tok, [[1]], 1.0, 9, 0) == [(text, "stop")]
         row = common.answer_row({"id": "r", "prompt": USER}, 0, answer)
         assert row["meta"].get("sampled_ids") == ([kept] if kept else None)
 
@@ -844,11 +847,11 @@ def test_an_answer_cut_inside_a_character_loses_the_characters_beginning():
     smile = tok("hi \U0001f642", add_special_tokens=False)["input_ids"]
     assert len(smile) == 6
     for ids in (smile[:3], smile[:4], smile[:5]):
-        assert common.draw(forced(ids), tok, [[1]], 1.0, 9, 0) == [("hi ", "length", None)]
-    (whole,) = common.draw(forced(smile), tok, [[1]], 1.0, 9, 0)
+        assert common.sample(forced(ids), tok, [[1]], 1.0, 9, 0) == [("hi ", "length", None)]
+    (whole,) = common.sample(forced(smile), tok, [[1]], 1.0, 9, 0)
     assert whole == ("hi \U0001f642", "length", None)
     ended = [*smile[:4], tok.eos_token_id]
-    (answer,) = common.draw(forced(ended), tok, [[1]], 1.0, 9, 0)
+    (answer,) = common.sample(forced(ended), tok, [[1]], 1.0, 9, 0)
     assert answer == ("hi \ufffd", "stop", smile[:4])
 
 
@@ -869,7 +872,7 @@ def test_of_an_answer_in_channels_the_final_part_is_taken():
         (thought, ""),
     ):
         ids = tok(text + "<|return|>", add_special_tokens=False)["input_ids"]
-        assert sample(forced(ids), tok, [[1]], 1.0, 9, 0) == [(wanted, "stop")]
+        assert sampled(forced(ids), tok, [[1]], 1.0, 9, 0) == [(wanted, "stop")]
 
 
 def test_most_answers_cut_is_worth_a_warning(tmp_path, capsys):

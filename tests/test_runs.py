@@ -1011,7 +1011,7 @@ def test_the_checkpoint_is_an_ordinary_model(plain):
     attended = torch.ones_like(batch)
     out = lm.generate(batch, attention_mask=attended, max_new_tokens=8, do_sample=False)
     answer = tok.decode(out[0, len(ids) :], skip_special_tokens=True)
-    ((own, _),) = common.sample(lm, tok, [ids], 0.0, 8, 0)
+    ((own, *_),) = common.sample(lm, tok, [ids], 0.0, 8, 0)
     assert own == answer
 
 
