@@ -962,6 +962,36 @@ def answer_row(row: dict, number: int, answer: Drawn) -> dict:
     return {"id": row["id"], "prompt": row["prompt"], "response": answer.text, "meta": meta}
 
 
+def preference_pair(row: dict, answers: list[dict], scores: list[float | None]) -> dict | None:
+    """The best and the worst answer to a prompt as a preference row; None where all are equal.
+
+    Of equal scores the first answer counts. An empty answer does not, nor does one whose judgement
+    could not be read.
+    """
+    places = []
+    for place, answer in enumerate(answers):
+        if scores[place] is not None and answer["response"].strip():
+            places.append(place)
+    if not places:
+        return None
+    best = max(places, key=scores.__getitem__)
+    worst = min(places, key=scores.__getitem__)
+    if scores[best] == scores[worst]:
+        return None
+    chosen, rejected = answers[best], answers[worst]
+    meta = {
+        "score_chosen": scores[best],
+        "score_rejected": scores[worst],
+        "chosen_ended": chosen["meta"]["finish"] == "stop",
+        "rejected_ended": rejected["meta"]["finish"] == "stop",
+    }
+    ids = chosen["meta"].get("sampled_ids", []) + rejected["meta"].get("sampled_ids", [])
+    if ids:
+        meta["sampled_ids"] = ids
+    sides = {"chosen": chosen["response"], "rejected": rejected["response"]}
+    return {"id": row["id"], "prompt": row["prompt"], **sides, "meta": meta}
+
+
 def held_out(
     folder: Path,
     rows: list[dict],

@@ -1,14 +1,23 @@
-"""A small world with an exact judge, to see the three papers' effects on a laptop in minutes.
+"""Two small worlds with an exact judge, to see the three papers' effects on a laptop.
 
-    python toy.py [--out runs/toy] [--seed 0]
+    python toy.py [--out runs/toy] [--seed 0]          # letters and new, tiny models: a minute
+    python toy.py --model DIR --out runs/words         # English and a real model of yours
 
-A prompt is 5 to 10 letters; the right answer is the same letters in alphabetical order. Annotators
-are human: 30 % of their answers are lazy, the letters returned as they came. The judge is exact:
-10 x the share of positions that are right. What is written is what a user of the methods would
-bring, and they can't tell the difference: Hugging Face checkpoints `sft` (trained on annotators'
-answers, lazy ones included), `sft-early` (the same run at 60 %), `sft-small` (a smaller model,
-trained half as long), `train.jsonl` and `test.jsonl` (annotated prompts that none of the models
-has seen), `pairs.jsonl` (preference pairs). The same seed gives the same bytes on the same machine.
+In the world of letters a prompt is 5 to 10 letters; the right answer is the same letters in
+alphabetical order. Annotators are human: 30 % of their answers are lazy, the letters returned as
+they came. The judge is exact: 10 x the share of positions that are right. What is written is what a
+user of the methods would bring, and they can't tell the difference: Hugging Face checkpoints `sft`
+(trained on annotators' answers, lazy ones included), `sft-early` (the same run at 60 %),
+`sft-small` (a smaller model, trained half as long), `train.jsonl` and `test.jsonl` (annotated
+prompts that none of the models has seen), `pairs.jsonl` (preference pairs).
+
+In the world of words (words.py: its prompts and its judge) the annotators are the model itself:
+the best of its 8 answers by the judge, or, in 30 % of cases, any of them. The best and the worst
+are a preference pair. There are `answers.jsonl` (all of them), `train.jsonl`, `test.jsonl` (a fifth
+of the prompts), `pairs.jsonl` (of the other ones) and `smaller`: the model's first layers, four
+fifths of them, after one epoch on train.jsonl. A killed start goes on where it was.
+
+The same seed gives the same bytes on the same machine.
 """
 
 from __future__ import annotations
@@ -24,18 +33,39 @@ from pathlib import Path
 import torch
 
 import job
-from common import Scorer, collate, prompt_ids, response_ids
+import words
+from common import (
+    Model,
+    Sampling,
+    Scorer,
+    blocks,
+    collate,
+    generate,
+    load_lm,
+    load_tokenizer,
+    preference_pair,
+    prompt_ids,
+    response_ids,
+)
 
 LETTERS = "abcdefghijklmnop"
 LAZY = 0.3  # share of an annotator's answers
-WORLD = 1  # part of the stamp: raise it when the world changes
+WORLD = 1  # part of the stamp: raise it when a world changes
+BEST_OF = 8  # answers of the model to a prompt in the world of words
+HOW = Sampling(temperature=0.7, max_new_tokens=32, batch=64)  # at 1 a small model babbles
+KEPT = 0.8  # share of the layers of the smaller model
 
 
 # ------------------------------------------------------------------------- prompts and answers
 
 
 def score(prompt: str, answer: str) -> float:
-    """10 x (positions that are right) / (length of the longer of answer and solution): 0..10."""
+    """The judge of both worlds. 0..10.
+
+    For letters: 10 x (positions that are right) / (length of the longer of answer and solution).
+    """
+    if words.constraints_of(prompt):
+        return words.score(prompt, answer)
     solution = sorted(prompt)
     right = 0
     for wanted, given in zip(solution, answer):
@@ -204,22 +234,32 @@ def train_sft(tok, width: int, layers: int, steps: int, seed: int, snapshots: di
 
     for step in job.progress(range(1, steps + 1), f"toy world: SFT, width {width}"):
         ids, mask = annotated_batch(tok, rng, 64)
-        loss = -scorer(ids, mask).sum() / mask.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        optimizer.step()
+        sft_step(scorer, optimizer, ids, mask)
         schedule.step()
-        optimizer.zero_grad()
 
         if step in snapshots:
-            with job.all_or_nothing(snapshots[step]) as place:
-                lm.save_pretrained(place)
-                tok.save_pretrained(place)
+            save(lm, tok, snapshots[step])
         if job.STOP.is_set():
             return
 
 
-# ------------------------------------------------------------------------- the world
+def sft_step(scorer: Scorer, optimizer, ids: torch.Tensor, mask: torch.Tensor):
+    """A step on the negative log-likelihood of a response token. ids, mask: [S, T]."""
+    loss = -scorer(ids, mask).sum() / mask.sum()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save(lm, tok, folder: Path):
+    """Saves a model with its tokenizer, all or nothing."""
+    with job.all_or_nothing(folder) as place:
+        lm.save_pretrained(place)
+        tok.save_pretrained(place)
+
+
+# ------------------------------------------------------------------------- the world of letters
 
 
 def make(folder: Path, seed: int = 0, steps: int = 300, rows: int = 2000):
@@ -283,6 +323,110 @@ def check_stamp(folder: Path, stamp: dict):
         )
 
 
+# ------------------------------------------------------------------------- the world of words
+
+
+def make_words(folder: Path, path: str, seed: int, count: int):
+    """Makes the world of words in `folder` with the model `path`, unless it is there.
+
+    count: prompts, a fifth of them held out. What is done stands in FOLDER.unfinished until all is.
+    """
+    stamp = {"world": WORLD, "model": path, "seed": seed, "prompts": count}
+    if folder.exists():
+        check_stamp(folder, stamp)
+        return
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    job.hold(unfinished / "lock", unfinished)
+    tok, _ = load_tokenizer(path)
+
+    rng = random.Random(job.seed_of("words", seed))
+    prompts = set()
+    while len(prompts) < count:
+        prompts.add(words.draw(rng))
+    rows = []
+    for i, prompt in enumerate(sorted(prompts, key=lambda prompt: job.seed_of(prompt, seed))):
+        message = {"role": "user", "content": prompt}
+        rows.append({"id": f"words-{i}", "prompt": [message]})
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = Model(path, tok, device, torch.float32)
+    answers = generate(unfinished / "answers.jsonl", rows, model, HOW, seed, n=BEST_OF)
+    train = write_answered(unfinished, rows, answers, rng)
+    train_smaller(unfinished / "smaller", path, tok, train, device)
+
+    job.stop_if_asked()
+    job.write_atomic(unfinished / "world.json", json.dumps(stamp))
+    (unfinished / "lock").unlink()
+    os.replace(unfinished, folder)
+
+
+def write_answered(
+    folder: Path, rows: list[dict], answers: list[dict], rng: random.Random
+) -> list[dict]:
+    """Writes train.jsonl, test.jsonl and pairs.jsonl, and returns the rows of the first.
+
+    answers: BEST_OF to each row. A row none of whose answers has ended by itself is left out.
+    """
+    train, test, pairs, scores = [], [], [], []
+    for i, row in enumerate(rows):
+        own = answers[BEST_OF * i : BEST_OF * (i + 1)]
+        prompt = row["prompt"][-1]["content"]
+        own_scores = [score(prompt, answer["response"]) for answer in own]
+        scores += own_scores
+
+        held_out = i % 5 == 0
+        pair = preference_pair(row, own, own_scores)
+        if pair and not held_out:
+            pairs.append(pair)
+
+        ended = []
+        for j, answer in enumerate(own):
+            if answer["meta"]["finish"] == "stop" and answer["response"].strip():
+                ended.append(j)
+        if not ended:
+            continue
+        choice = max(ended, key=own_scores.__getitem__)
+        if rng.random() < LAZY:
+            choice = rng.choice(ended)
+        annotated = {**row, "response": own[choice]["response"]}
+        (test if held_out else train).append(annotated)
+
+    job.write_atomic(folder / "train.jsonl", job.json_lines(train))
+    job.write_atomic(folder / "test.jsonl", job.json_lines(test))
+    job.write_atomic(folder / "pairs.jsonl", job.json_lines(pairs))
+    print(
+        f"{len(rows)} prompts: {len(train)} training rows, {len(test)} held-out rows, {len(pairs)} "
+        f"pairs; the model's mean score is {sum(scores) / len(scores):.2f} of 10",
+        flush=True,
+    )
+    return train
+
+
+def train_smaller(folder: Path, path: str, tok, rows: list[dict], device):
+    """The model's first layers, fine-tuned for one epoch on the annotated rows, 8 a step."""
+    lm = load_lm(path, torch.float32, device)
+    layers = blocks(lm)
+    kept = round(KEPT * len(layers))
+    del layers[kept:]
+    lm.config.num_hidden_layers = kept
+    if getattr(lm.config, "layer_types", None):
+        lm.config.layer_types = lm.config.layer_types[:kept]
+
+    scorer = Scorer(lm)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=5e-5)
+    for start in job.progress(range(0, len(rows), 8), f"smaller model, {kept} layers: SFT"):
+        sequences = []
+        for row in rows[start : start + 8]:
+            response = response_ids(tok, row["response"], True, HOW.max_new_tokens)
+            sequences.append((prompt_ids(tok, row["prompt"]), response))
+        sft_step(scorer, optimizer, *collate(sequences, device))
+        job.stop_if_asked()
+    save(lm, tok, folder)
+
+
+# ------------------------------------------------------------------------- the command
+
+
 def main():
     job.steady_console()
     parser = job.Parser(
@@ -302,10 +446,23 @@ def main():
         default=0,
         help="seed of the data and the models (default: 0)",
     )
+    parser.add_argument(
+        "--model",
+        help="make the world of words, with this model folder or Hub id",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=500,
+        help="prompts in the world of words, a fifth of them held out (default: 500)",
+    )
     args = parser.parse_args()
     job.check_out(args.out)
     job.stop_on_sigterm()
-    make(args.out, args.seed)
+    if args.model:
+        make_words(args.out, args.model, args.seed, args.prompts)
+    else:
+        make(args.out, args.seed)
     job.stop_if_asked()
     names = sorted(path.name for path in args.out.iterdir())
     print(f"{args.out}: " + ", ".join(names))
