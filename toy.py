@@ -13,9 +13,10 @@ prompts that none of the models has seen), `pairs.jsonl` (preference pairs).
 
 In the world of words (words.py: its prompts and its judge) the annotators are the model itself:
 the best of its 8 answers by the judge, or, in 30 % of cases, any of them. The best and the worst
-are a preference pair. There are `answers.jsonl` (all of them), `train.jsonl`, `test.jsonl` (a fifth
-of the prompts), `pairs.jsonl` (of the other ones) and `smaller`: the model's first layers, four
-fifths of them, after one epoch on train.jsonl. A killed start goes on where it was.
+are a preference pair. There are `answers.jsonl` (all of them), `train.jsonl` and `pairs.jsonl`,
+`test.jsonl` and `test_pairs.jsonl` (of a fifth of the prompts, held out), and `smaller`: the
+model's first layers, four fifths of them, after one epoch on train.jsonl. A killed start goes on
+where it was.
 
 The same seed gives the same bytes on the same machine.
 """
@@ -363,11 +364,11 @@ def make_words(folder: Path, path: str, seed: int, count: int):
 def write_answered(
     folder: Path, rows: list[dict], answers: list[dict], rng: random.Random
 ) -> list[dict]:
-    """Writes train.jsonl, test.jsonl and pairs.jsonl, and returns the rows of the first.
+    """Writes the files of annotated rows and of pairs, and returns the rows of train.jsonl.
 
     answers: BEST_OF to each row. A row none of whose answers has ended by itself is left out.
     """
-    train, test, pairs, scores = [], [], [], []
+    train, test, pairs, test_pairs, scores = [], [], [], [], []
     for i, row in enumerate(rows):
         own = answers[BEST_OF * i : BEST_OF * (i + 1)]
         prompt = row["prompt"][-1]["content"]
@@ -376,8 +377,8 @@ def write_answered(
 
         held_out = i % 5 == 0
         pair = preference_pair(row, own, own_scores)
-        if pair and not held_out:
-            pairs.append(pair)
+        if pair:
+            (test_pairs if held_out else pairs).append(pair)
 
         ended = []
         for j, answer in enumerate(own):
@@ -394,9 +395,11 @@ def write_answered(
     job.write_atomic(folder / "train.jsonl", job.json_lines(train))
     job.write_atomic(folder / "test.jsonl", job.json_lines(test))
     job.write_atomic(folder / "pairs.jsonl", job.json_lines(pairs))
+    job.write_atomic(folder / "test_pairs.jsonl", job.json_lines(test_pairs))
     print(
-        f"{len(rows)} prompts: {len(train)} training rows, {len(test)} held-out rows, {len(pairs)} "
-        f"pairs; the model's mean score is {sum(scores) / len(scores):.2f} of 10",
+        f"{len(rows)} prompts: {len(train)} rows and {len(pairs)} pairs to train on, {len(test)} "
+        f"and {len(test_pairs)} held out; the model's mean score is "
+        f"{sum(scores) / len(scores):.2f} of 10",
         flush=True,
     )
     return train

@@ -158,7 +158,7 @@ def test_a_world_of_words_is_its_seed_s(world: Path, tmp_path: Path):
 def test_annotators_and_pairs_are_the_model_s_best_and_worst(tmp_path: Path):
     """Of 8 answers: the best one that ended is the annotation, unless the annotator was lazy.
 
-    Pairs are the best and the worst of all. A fifth of the prompts is held out and has no pair.
+    Pairs are the best and the worst of all. A fifth of the prompts is held out.
     """
     texts = [
         "It runs.",
@@ -191,7 +191,9 @@ def test_annotators_and_pairs_are_the_model_s_best_and_worst(tmp_path: Path):
 
     pairs = read("pairs.jsonl")
     assert [row["id"] for row in pairs] == [row["id"] for row in train]
-    for pair in pairs:
+    test_pairs = read("test_pairs.jsonl")
+    assert [row["id"] for row in test_pairs] == [f"words-{i}" for i in range(0, 100, 5)]
+    for pair in pairs + test_pairs:
         assert (pair["chosen"], pair["rejected"]) == (texts[1], texts[5])
         assert pair["meta"]["chosen_ended"] is False
 
