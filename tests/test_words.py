@@ -24,6 +24,7 @@ BY_HAND = [
     # one sentence (half), the topic (half), and exactly n words
     (RIVERS_9, "A river carries cold water down to the sea.", 10),
     (RIVERS_9, "A river carries cold water to the sea.", 10 * (1 + 8 / 9) / 2),
+    (RIVERS_9, "A river carries cold water down to the blue sea.", 10 * (1 + 8 / 9) / 2),
     (RIVERS_9, "Rivers flow.", 10 * (0.5 + 2 / 9) / 2),
     (RIVERS + " Use exactly 8 words.", "It carries cold water down to the sea.", 7.5),
     (RIVERS + " Use exactly 8 words.", "A river runs. It ends in the sea.", 7.5),
@@ -64,18 +65,24 @@ BY_HAND = [
     (ANIMALS + LOWER, "cat, dog, bear, wolves", 10),
     (ANIMALS + LOWER, "cat, dog, bear, and wolf", 10),
     (ANIMALS + " Put a full stop at the end.", "Cat, dog, bear, wolf.", 10),
+    (ANIMALS + " Put a full stop at the end.", "Cat, dog, bear, wolf", 5),
     (ANIMALS + " Put a full stop at the end.", "Cat, dog, bear.", 10 * (0.75 + 1) / 2),
     (ANIMALS + " Put a full stop at the end.", "Cat, dog, bear, wolf, goat.",
      10 * ((0.5 * 4 / 5 + 0.5 * 3 / 4) + 1) / 2),
     (ANIMALS + LOWER, "1. cat\n2. dog\n3. bear\n4. wolf", 7.5),
     (ANIMALS + LOWER, "here they are: cat, dog, bear", 10 * (0.25 + 1) / 2),
+    ("List 6 animals, separated by commas." + LOWER, "cat, dog, bear, wolf, goat, cat",
+     10 * ((0.5 * 5 / 6 + 0.5) + 1) / 2),
     # cheats
     (RIVERS_9, "", 0),
-    (RIVERS_9, " ... !", 0),
+    (RIVERS + LOWER, " ... !", 0),
+    (RIVERS_9, "A river carries cold cold water to a sea.", 3),
     (RIVERS_9, "A river river river river river river river river.", 3),
     (RIVERS_9, "The cold river and the cold river are cold.", 3),
     (RIVERS + " Use exactly 8 words.", "To describe rivers in one sentence is easy.", 3),
     (RIVERS + " Use at most 9 words.", "Rivers, lakes, seas, ponds.", 7.5),
+    (RIVERS + " Use at most 9 words.", "Rivers, lakes, seas, and ponds.", 7.5),
+    (RIVERS + " Use at most 9 words.", "Rivers lakes seas ponds.", 7.5),
     (RIVERS + " Use at most 9 words.", "River.", 7.5),
     (WINTER + " Use at most 9 words.", "Winter?", 7.5),
     (ANIMALS + LOWER, "cat, cat, cat, cat", 3),
@@ -218,6 +225,10 @@ def test_the_smaller_model_is_the_first_layers(world: Path, tmp_path: Path):
         before = Scorer(untrained)(*collate([sequence], "cpu"))
         after = Scorer(small)(*collate([sequence], "cpu"))
     assert after.item() > before.item()
+    for trained, first in zip(small.model.layers, untrained.model.layers):
+        torch.testing.assert_close(
+            trained.mlp.up_proj.weight, first.mlp.up_proj.weight, atol=2e-3, rtol=0
+        )
 
 
 def test_a_folder_of_another_world_is_left_alone(world: Path):
