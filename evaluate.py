@@ -8,6 +8,8 @@
         lm-evaluation-harness, with the DNPO authors' shot counts
     python evaluate.py MODEL --export mt_bench --questions FILE
         the answer files that AlpacaEval 2 and FastChat's judge read
+    python evaluate.py --compare runs/spin-0 runs/spin-1 runs/dnpo-0 runs/dnpo-1
+        held-out results of finished runs, mean and std over seeds, and paired differences
     python evaluate.py --figures runs/dnpo-0 runs/dnpo-1 runs/spin-0
         SVG and PNG; runs that differ in their seed alone are one line with a band
 
@@ -228,6 +230,9 @@ class Config:
     questions: str | None = None  # their questions: alpaca_eval.json or question.jsonl
     name: str | None = None  # what the model is called in the exported file (default: its path)
 
+    # -- finished runs, as for --figures: what their last models are worth on the held-out rows
+    compare: list[str] = field(default_factory=list)
+
     # -- figures
     # folders of finished runs, or FOLDER=NAME to give a kind of runs another name;
     # bench.py's *-sweep.json
@@ -251,13 +256,14 @@ class Config:
             "--against or --score": asks_judge,
             "--benchmarks": self.benchmarks,
             "--export": self.export,
+            "--compare": self.compare,
             "--figures": self.figures,
         }
         asked = [flag for flag, value in modes.items() if value]
         if len(asked) != 1:
             found = " and ".join(asked) or "none"
             raise ValueError(f"one of {', '.join(modes)} is expected, not {found}")
-        if not self.model and not self.figures:
+        if not self.model and not self.compare and not self.figures:
             raise ValueError("which model? python evaluate.py MODEL ...")
         if asks_judge and (not self.data or self.judge == "none"):
             raise ValueError("--against or --score needs --data and --judge")
@@ -829,6 +835,9 @@ def main():
         argv = ["--model", *argv]
     c = job.parse(Config, argv=argv)
     job.check_out(c.folder)
+    if c.compare:
+        compare_runs(c)
+        return
     if c.figures:
         draw_figures(c)
         return
@@ -847,6 +856,61 @@ def main():
     else:
         evaluate_answers(c)
     job.leave()
+
+
+# ------------------------------------------------------------------------- finished runs
+
+
+def compare_runs(c: Config):
+    """A table of the kinds of runs: held-out results, and how they differ from the first kind's.
+
+    Of each kind there are mean and std over its seeds. The difference is that of runs with the same
+    seed, row by row; its interval draws rows.
+    """
+    runs = [figures.read_run(spec) for spec in dict.fromkeys(c.compare)]
+    if len({run.method for run in runs}) > 1:
+        job.die("--compare takes the runs of one method")
+
+    rows = []
+    for task, kinds in figures.by_task(figures.group_runs(runs)).items():
+        found = {kind.name: {run.seed: outcomes_of(run) for run in kind.runs} for kind in kinds}
+        first = found[kinds[0].name]
+        for kind in kinds:
+            rows.append(comparison(kind.name, task, found[kind.name], first, c.seed))
+    columns = ["runs", "task", "seeds", "mean", "std", "difference", "low", "high", "held out"]
+    show(c, f"differences from {rows[0]['runs']!r}, paired", rows, columns)
+
+
+def outcomes_of(run: figures.Run) -> dict[str, float]:
+    """figures.outcomes, or one line for a run that has left none."""
+    try:
+        return figures.outcomes(run)
+    except FileNotFoundError as fault:
+        job.die(f"{fault.filename}: no such file; the run was made before it was written")
+
+
+def comparison(
+    name: str, task: str, found: dict[int, dict[str, float]], first: dict, seed: int
+) -> dict:
+    """A row of the table. found, first: {seed: {row's id: outcome}} of a kind and of the first."""
+    means = [float(np.mean(list(outcomes.values()))) for outcomes in found.values()]
+    gaps, ids = [], []
+    for run_seed in found.keys() & first.keys():
+        for row_id in found[run_seed].keys() & first[run_seed].keys():
+            gaps.append(found[run_seed][row_id] - first[run_seed][row_id])
+            ids.append(row_id)
+    difference, low, high = bootstrap(gaps, ids, seed=seed)
+    return {
+        "runs": name,
+        "task": task,
+        "seeds": len(found),
+        "mean": float(np.mean(means)),
+        "std": float(np.std(means, ddof=1)) if len(means) > 1 else None,
+        "difference": difference,
+        "low": low,
+        "high": high,
+        "held out": len(set(ids)),
+    }
 
 
 def draw_figures(c: Config):

@@ -288,11 +288,29 @@ def logp_samples(run: Run, iteration: int) -> dict[str, list[float]]:
     }
 
 
-def held_out_scores(run: Run, iteration: int) -> dict[str, float]:
-    """The judge's score of each held-out prompt's answer, by the row's id, where it has one."""
-    rows = job.read_jsonl(run.folder / f"iter{iteration}" / "test.jsonl")
+def held_out_scores(folder: Path) -> dict[str, float]:
+    """The judge's score of each held-out prompt's answer, by the row's id, where it has one.
+
+    folder: an iteration's or a slice's.
+    """
+    rows = job.read_jsonl(folder / "test.jsonl")
     scores = {row["id"]: row["meta"]["score"] for row in rows}
     return {name: score for name, score in scores.items() if score is not None}
+
+
+def outcomes(run: Run) -> dict[str, float]:
+    """What a finished run is measured by at its end, for each held-out row by the row's id.
+
+    For DNPO and TSO it is the judge's score of the answer, for SamS 1 where the chosen answer has
+    the higher reward, else 0.
+    """
+    if run.method == "sams":
+        rows = job.read_jsonl(run.folder / "held.jsonl")
+        return {row["id"]: float(row["margin"] > 0) for row in rows}
+    if run.method == "dnpo":
+        return held_out_scores(run.folder / f"iter{run.iterations[-1]['iteration']}")
+    last = run.results["slices"][-1]
+    return held_out_scores(run.folder / f"round{last['round']}-slice{last['slice']}")
 
 
 def duel(run: Run, other: Run) -> list[tuple[float, float, float]]:
@@ -303,8 +321,8 @@ def duel(run: Run, other: Run) -> list[tuple[float, float, float]]:
     """
     shares = []
     for k in range(min(len(run.iterations), len(other.iterations))):
-        mine = held_out_scores(run, k)
-        theirs = held_out_scores(other, k)
+        mine = held_out_scores(run.folder / f"iter{k}")
+        theirs = held_out_scores(other.folder / f"iter{k}")
         gaps = [mine[name] - theirs[name] for name in mine if name in theirs]
         if not gaps:
             return []

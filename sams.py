@@ -868,7 +868,7 @@ def train(c, data: Data, held: Data, start: Model, folder: Path, encoder: dict |
         metrics.update(selection_metrics(c, data, batch, places, seen))
         metrics.update(selection_costs(observed - started, picked - observed, bandit))
         if (step + 1) % c.eval_every == 0 or step + 1 == len(steps):
-            metrics.update(measure(c, policy, held, device))
+            metrics.update(measure(c, policy, held, device, folder))
         run.write(step, metrics, lr=lr, grad_norm=norm)
     job.save_checkpoint(folder / "checkpoint", policy, start.tok, start.path, c.save_dtype)
 
@@ -1062,11 +1062,18 @@ def selection_costs(observing: float, picking: float, bandit: Bandit | None) -> 
     }
 
 
-def measure(c, policy: nn.Module, held: Data, device) -> dict[str, float]:
-    """Preference accuracy and implicit rewards on held-out pairs."""
+def measure(c, policy: nn.Module, held: Data, device, folder: Path) -> dict[str, float]:
+    """Preference accuracy and implicit rewards on held-out pairs.
+
+    The margin of each stands in folder/held.jsonl.
+    """
     everything = list(range(len(held.pairs)))
     logps, _ = observe(c, policy, held.pairs, everything, device)
     chosen, rejected = implicit_rewards(logps, held.ref_logps, c.beta)
+    if job.on_rank_0():
+        margins = (chosen - rejected).tolist()
+        rows = [{"id": pair.id, "margin": m} for pair, m in zip(held.pairs, margins)]
+        job.write_atomic(folder / "held.jsonl", job.json_lines(rows))
     return {
         "eval/accuracy": (chosen > rejected).double().mean().item(),
         "eval/chosen_reward": chosen.mean().item(),
