@@ -1335,6 +1335,70 @@ def test_figures_are_drawn_of_finished_runs_alone(world, tmp_path, monkeypatch, 
     )
 
 
+def compared(monkeypatch, tmp_path, *folders) -> list[dict]:
+    """The rows of the table that --compare makes of these folders."""
+    run(monkeypatch, evaluate, "--compare", *folders, "--out", tmp_path / "out")
+    rows = evaluated(tmp_path)["results"]
+    for file in (tmp_path / "out").glob("results-*.json"):
+        file.unlink()
+    return rows
+
+
+def test_runs_are_compared_seed_by_seed_and_row_by_row(tmp_path, monkeypatch):
+    """Mean and std over seeds; the difference pairs the rows of equal seeds and draws prompts.
+
+    SPIN has the seeds 0 and 1, DNPO 0 and 2, which have only seed 0 in common: there DNPO is better
+    by 2, 0, 4 and 0.
+    """
+    last = {"spin0": [1, 5, 3, 3], "spin1": [2, 2, 2, 2], "dnpo0": [3, 5, 7, 3], "dnpo2": [9] * 4}
+    folders = []
+    for name, scores in last.items():
+        noise = name.startswith("dnpo")
+        labels = "judge" if noise else "annotation"
+        more = {"seed": int(name[-1]), "noise": noise, "labels": labels}
+        folders.append(dnpo_run(tmp_path, name, scores=[[0.0], [1.0], scores], **more))
+
+    spin, dnpo_row = compared(monkeypatch, tmp_path, *folders)
+    assert (spin["runs"], spin["seeds"], spin["mean"]) == ("SPIN", 2, 2.5)
+    assert spin["std"] == near(0.5 * math.sqrt(2))
+    assert (spin["difference"], spin["low"], spin["high"]) == (0, 0, 0)
+    assert (dnpo_row["runs"], dnpo_row["mean"]) == ("DNPO", 6.75)
+    assert dnpo_row["difference"] == 1.5
+    _, low, high = bootstrap([2, 0, 4, 0])
+    assert (dnpo_row["low"], dnpo_row["high"]) == (low, high)
+    assert dnpo_row["held out"] == 4
+
+
+def test_selectors_are_compared_by_the_pairs_that_they_get_right(tmp_path, monkeypatch, capsys):
+    """A margin above 0 is right. Every share of flips is a task of its own, with its own first."""
+    margins = {
+        "all-2": ("all", 0.2, [1, 1, 0, -1]),
+        "topk-2": ("topk", 0.2, [1, 1, 1, 1]),
+        "all-4": ("all", 0.4, [-1, -1, -1, -1]),
+        "topk-4": ("topk", 0.4, [-1, 1, -1, -1]),
+    }
+    folders = []
+    for name, (select, flip, values) in margins.items():
+        folder = sams_run(tmp_path, name, select, [(2, 1)] * 2, flip=flip)
+        held = [{"id": str(i), "margin": margin} for i, margin in enumerate(values)]
+        write_rows(folder / "held.jsonl", held)
+        folders.append(folder)
+
+    rows = compared(monkeypatch, tmp_path, *folders)
+    found = {(row["task"], row["runs"]): (row["mean"], row["difference"]) for row in rows}
+    assert found == {
+        ("flip 0.2", "DPO"): (0.5, 0),
+        ("flip 0.2", "SamS"): (1, 0.5),
+        ("flip 0.4", "DPO"): (0, 0),
+        ("flip 0.4", "SamS"): (0.25, 0.25),
+    }
+
+    (folders[0] / "held.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, evaluate, "--compare", *folders, "--out", tmp_path / "out")
+    assert "held.jsonl: no such file; the run was made before" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------- bad input
 
 
