@@ -1347,10 +1347,11 @@ def compared(monkeypatch, tmp_path, *folders) -> list[dict]:
 def test_runs_are_compared_seed_by_seed_and_row_by_row(tmp_path, monkeypatch):
     """Mean and std over seeds; the difference pairs the rows of equal seeds and draws prompts.
 
-    SPIN has the seeds 0 and 1, DNPO 0 and 2, which have only seed 0 in common: there DNPO is better
-    by 2, 0, 4 and 0.
+    SPIN has the seeds 0 and 1, DNPO 0, 1 and 2. DNPO is better by 2, 0, 4, 0 and by 0, 0, 4, 0, so
+    by 1, 0, 4, 0 a prompt.
     """
-    last = {"spin0": [1, 5, 3, 3], "spin1": [2, 2, 2, 2], "dnpo0": [3, 5, 7, 3], "dnpo2": [9] * 4}
+    last = {"spin0": [1, 5, 3, 3], "spin1": [2, 2, 2, 2]}
+    last |= {"dnpo0": [3, 5, 7, 3], "dnpo1": [2, 2, 6, 2], "dnpo2": [9] * 4}
     folders = []
     for name, scores in last.items():
         noise = name.startswith("dnpo")
@@ -1362,9 +1363,10 @@ def test_runs_are_compared_seed_by_seed_and_row_by_row(tmp_path, monkeypatch):
     assert (spin["runs"], spin["seeds"], spin["mean"]) == ("SPIN", 2, 2.5)
     assert spin["std"] == near(0.5 * math.sqrt(2))
     assert (spin["difference"], spin["low"], spin["high"]) == (0, 0, 0)
-    assert (dnpo_row["runs"], dnpo_row["mean"]) == ("DNPO", 6.75)
-    assert dnpo_row["difference"] == 1.5
-    _, low, high = bootstrap([2, 0, 4, 0])
+    assert (dnpo_row["runs"], dnpo_row["seeds"]) == ("DNPO", 3)
+    assert dnpo_row["mean"] == near((4.5 + 3 + 9) / 3)
+    assert dnpo_row["difference"] == 1.25
+    _, low, high = bootstrap([1, 0, 4, 0])
     assert (dnpo_row["low"], dnpo_row["high"]) == (low, high)
     assert dnpo_row["held out"] == 4
 
