@@ -811,9 +811,12 @@ def sample(
         return logits
 
     ends = end_tokens(lm, tok)
+    ids = torch.tensor(padded, device=lm.device)
+    mask = torch.tensor(attended, device=lm.device)
     how.update(
-        input_ids=torch.tensor(padded, device=lm.device),
-        attention_mask=torch.tensor(attended, device=lm.device),
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=shared_cache(lm, prompts, ids, mask),
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
         logits_processor=[refuse_nan],
@@ -827,6 +830,39 @@ def sample(
         # a cache of linear attention alone can't say how long it is
         sequences = lm.generate(**how, use_cache=False)
     return [read_answer(tok, new, ends) for new in sequences[:, width:].tolist()]
+
+
+def shared_cache(lm, prompts: list[list[int]], ids: Tensor, mask: Tensor):
+    """The keys and values of the prompts' tokens but the last, or None where there is no gain.
+
+    A prompt that is there several times, for as many answers, is read once. ids, mask: the prompts,
+    padded on the left: [S, T]. Caches of other kinds than plain attention's are left to generate().
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    first_places = {}
+    for i, prompt in enumerate(prompts):
+        first_places.setdefault(tuple(prompt), i)
+    if len(first_places) == len(prompts) or ids.shape[1] == 1:
+        return None
+
+    cache = DynamicCache(config=lm.config.get_text_config(decoder=True))
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+
+    once = list(first_places.values())
+    seen = mask[once, :-1]
+    backbone(lm)(
+        input_ids=ids[once, :-1],
+        attention_mask=seen,
+        position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    order = {prompt: place for place, prompt in enumerate(first_places)}
+    rows = [order[tuple(prompt)] for prompt in prompts]
+    cache.batch_select_indices(torch.tensor(rows, device=ids.device))
+    return cache
 
 
 def end_tokens(lm, tok) -> set[int]:

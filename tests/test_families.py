@@ -202,11 +202,17 @@ def test_log_probs_of_a_padded_batch_are_the_models_own_of_each_sequence_alone(f
 def test_greedy_answers_of_a_padded_batch_are_those_of_each_prompt_alone(
     monkeypatch, folder_of, name
 ):
-    """Eight tokens each, against the largest of the model's own logits, without any cache."""
+    """Eight tokens each, against the largest of the model's own logits, without any cache.
+
+    Then the same with prompts that are there twice, whose cache is shared where it can be.
+    """
     lm = common.load_lm(str(folder_of(name)), torch.float32, CPU)
     prompts = [[1, 40, 41, 42, 43, 44, 45, 46, 47], [1, 60, 61], [5]]
     read_ids(monkeypatch)
-    for prompt, (text, *_) in zip(prompts, common.sample(lm, None, prompts, 0.0, 8, seed=0)):
+    answers = common.sample(lm, None, prompts, 0.0, 8, seed=0)
+    twice = prompts + prompts[::-1]
+    answers += common.sample(lm, None, twice, 0.0, 8, seed=0)
+    for prompt, (text, *_) in zip(prompts + twice, answers):
         ids = list(prompt)
         with torch.no_grad():
             while len(ids) < len(prompt) + 8:

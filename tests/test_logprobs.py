@@ -678,6 +678,26 @@ def naive_answer(tok, tokens: list[int], ends: set[int]) -> tuple[str, str]:
     return text, "length"
 
 
+def test_a_prompt_with_several_answers_is_read_once(monkeypatch):
+    """All its tokens but the last, for all answers; each answer is drawn as if it were not so."""
+    lm, tok = tiny_lm(6), toy.tokenizer()
+    prompts = [[1, 7, 8, 9, 10], [1, 7, 8, 9, 10], [1, 9], [1, 7, 8, 9, 10], [1, 9]]
+    read = []
+
+    def note(module, args, kwargs):
+        read.append(kwargs["input_ids"].tolist())
+
+    hook = common.backbone(lm).register_forward_pre_hook(note, with_kwargs=True)
+    shared = common.sample(lm, tok, prompts, 1.0, 6, 0)
+    assert read[0] == [[1, 7, 8, 9], [0, 0, 0, 1]]
+    assert read[1] == [[10], [10], [9], [10], [9]]
+    hook.remove()
+
+    monkeypatch.setattr(common, "shared_cache", lambda *_: None)
+    assert shared == common.sample(lm, tok, prompts, 1.0, 6, 0)
+    assert len(set(shared)) > 2
+
+
 def test_greedy_answers_are_the_models_argmax_alone_and_in_a_batch():
     """At temperature 0: the most probable token each time; padding changes nothing.
 
