@@ -330,8 +330,6 @@ class Config:
     preset: Literal["toy", "paper"] = "paper"
     # under torchrun: replicate the model, shard it, or shard it inside a node and replicate across
     parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "fsdp"
-    # under fsdp or hsdp: the reference's layers wait in CPU memory; slower
-    offload_reference: bool = False
     # of the computation; weights and optimizer stay in float32
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     activation_checkpointing: bool = True  # recompute activations in the backward pass
@@ -353,7 +351,6 @@ class Config:
         job.check_not_negative(self, "noise_penalty", "temperature")
         job.check_run(self)
         job.check_positive(self, "limit", "max_steps")
-        job.check_offload(self)
         if self.judge == "none" and self.labels == "judge":
             raise ValueError(
                 "--labels judge needs a judge; with --judge none use --labels annotation"
@@ -397,7 +394,7 @@ TOY = {
     "activation_checkpointing": False,
 }
 # what may change between a run and its --resume
-MAY_CHANGE = ("out", "resume", "overwrite", "iterations", "parallel", "offload_reference")
+MAY_CHANGE = ("out", "resume", "overwrite", "iterations", "parallel")
 MAY_CHANGE += ("micro_batch", "save_every", "save_dtype")
 
 
@@ -605,7 +602,7 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
     init = c.noise_init if at.npo else None
     init_seed = job.seed_of(c.seed, "noise init", at.number)
     wrap = functools.partial(NoisyReference, init=init, seed=init_seed)
-    reference = shard(wrap, start.path, c, device, c.offload_reference)
+    reference = shard(wrap, start.path, c, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
     parts = {"policy": (policy, optimizer)}  # what a training state holds
     updates = ["model"]
@@ -621,8 +618,6 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
     file, tags = at.folder.parent / "metrics.jsonl", {"iteration": at.number}
     names = {"note": at.name, "place": f"iteration {at.number}"}
     run = job.TrainingRun(c, at.folder, steps, parts, device, metrics=file, tags=tags, **names)
-    if c.offload_reference:
-        common.blocks(reference.lm).cpu()  # now that TrainingRun has loaded all of it
 
     for step in run:  # goes on after a kill; ends on SIGTERM, and in write() on NaN
         factor = lr_factor(step, len(steps), c.warmup)
@@ -915,8 +910,7 @@ def show_plan(c, tok, rows: list[dict], test_rows: list[dict], dropped: Counter,
     if c.noise:
         vocabulary, width = lm.get_output_embeddings().weight.shape
         heads["noise head"] = vocabulary * (width + 1)
-    what = {"layers": common.blocks(lm), "chunk": common.CHUNK, "heads": heads}
-    print(job.memory_plan(lm, c, reference=True, **what))
+    print(job.memory_plan(lm, c, chunk=common.CHUNK, reference=True, heads=heads))
     common.show_example(tok, rows[0], c.max_response)
 
 
@@ -944,12 +938,12 @@ def report(out: Path, results: list[dict], model: str, started: float):
 
 
 # --- same in dnpo.py, tso.py, sams.py: shard ---
-def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
+def shard(wrap, path: str, c, device) -> nn.Module:
     """Loads a model in float32 and makes it ready for the loop: a Scorer, made by wrap(lm).
 
     First comes activation checkpointing, then DDP, FSDP2 (hsdp: sharded inside a node, replicated
-    across) or one device. Under FSDP only rank 0 ever holds the whole model, on its CPU. offload:
-    the layers may be moved to the CPU; each then comes back for its forward pass.
+    across) or one device. Under FSDP only rank 0 ever holds the whole model, on its CPU, and a
+    frozen model is kept in c.dtype: FSDP computes with nothing finer.
     """
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
@@ -969,12 +963,13 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     full = None
     if job.on_rank_0():
         full = wrap(load_lm(path, torch.float32, "cpu"))
+        job.cast_frozen(full, getattr(torch, c.dtype))
+    job.cast_frozen(module, getattr(torch, c.dtype))
     options = {"mp_policy": fsdp.MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32)}
     if c.parallel == "hsdp":
         options["mesh"] = job.node_mesh(device.type)
-    offload_policy = fsdp.CPUOffloadPolicy(pin_memory=False) if offload else fsdp.OffloadPolicy()
     for layer in layers:
-        fsdp.fully_shard(layer, **options, offload_policy=offload_policy)
+        fsdp.fully_shard(layer, **options)
     fsdp.fully_shard(module, **options)  # the root holds embedding and head: they may be tied
     return job.fill(module, full, device)
 

@@ -80,7 +80,6 @@ ALIKE = {
     "resume",
     "overwrite",
     "parallel",
-    "offload_reference",
     "activation_checkpointing",
     "micro_batch",
     "sort_by_length",

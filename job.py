@@ -205,6 +205,13 @@ def node_mesh(device_type: str):
     return dist.init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
+def cast_frozen(module: nn.Module, dtype: torch.dtype):
+    """Keeps the weights that are not trained in the dtype that they are computed in."""
+    for weight in module.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.to(dtype)
+
+
 def fill(module: nn.Module, full: nn.Module | None, device) -> nn.Module:
     """Gives a sharded module on "meta" its memory on the device, and rank 0's weights and buffers.
 
@@ -714,15 +721,6 @@ def check_out(folder: Path, flag: str = "--out"):
         die(f"{nearest} {kind}: choose another {flag}")
 
 
-def check_offload(config):
-    """ValueError if --offload_reference is asked for where nothing is sharded."""
-    sharded = "RANK" in os.environ and config.parallel in ("fsdp", "hsdp")
-    if config.offload_reference and not sharded:
-        raise ValueError(
-            "--offload_reference needs torchrun (one rank will do) and --parallel fsdp or hsdp"
-        )
-
-
 # ------------------------------------------------------------------------- the run's folder
 
 
@@ -1158,16 +1156,15 @@ def memory_parts(
     lm,
     c,
     *,
-    layers: nn.Module,
     chunk: int,
     reference: bool,
     heads: dict[str, int] | None = None,
 ) -> dict[str, float]:
-    """Bytes on each rank, by arithmetic. lm: the model's shapes, layers: its decoder blocks.
+    """Bytes on each rank, by arithmetic. lm: the model's shapes.
 
-    P weights in fp32 take 4P bytes, their gradients 4P and Adam 8P. A resident reference takes 4P;
-    offloaded, 4 for each weight outside the layers. Another trained head (heads: its name and its
-    number of weights) takes 16 for each of them. All this is divided by the ranks that shard it.
+    P weights in fp32 take 4P bytes, their gradients 4P and Adam 8P. A resident reference takes 4P,
+    or 2P where FSDP keeps it in bf16. Another trained head (heads: its name and its number of
+    weights) takes 16 for each of them. All this is divided by the ranks that shard it.
 
     Beside them, sharded layers are gathered for their use, the running and the next one, and
     embedding and head; unsharded ones have bf16 copies, all of them or, with activation
@@ -1189,7 +1186,6 @@ def memory_parts(
     config = lm.config.get_text_config(decoder=True)
     V, D, L = config.vocab_size, config.hidden_size, config.num_hidden_layers
     P = sum(p.numel() for p in lm.parameters())
-    in_layers = sum(p.numel() for p in layers.parameters())
     one_layer = (P - V * D) / L
     number = 2 if c.dtype == "bfloat16" else 4  # bytes of a computed number
 
@@ -1199,8 +1195,8 @@ def memory_parts(
     elif number == 2:
         parts["bf16 copies"] = 2 * (V * D + one_layer if c.activation_checkpointing else P)
     if reference:
-        offloaded = in_layers if c.offload_reference else 0
-        parts["reference"] = 4 * (P - offloaded) / shards
+        sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
+        parts["reference"] = (number if sharded else 4) * P / shards
     for name, weights in heads.items():
         parts[name] = 16 * weights / shards
 

@@ -1250,8 +1250,7 @@ def show_plan(c, tok, pairs, held, flipped: list[bool], dropped: Counter, device
     )
     print(job.batch_note(c, f"{len(step_order(n, c))} steps", device))
     lm = lm_shapes(c.model)
-    what = {"layers": common.blocks(lm), "chunk": common.CHUNK}
-    print(job.memory_plan(lm, c, reference=False, **what))
+    print(job.memory_plan(lm, c, chunk=common.CHUNK, reference=False))
     if c.select in LEARNED:
         print(selector_plan(c, lm, rounds=len(step_order(n, c))))
 
@@ -1343,12 +1342,12 @@ def totals(c, steps: list[dict]) -> dict:
 
 
 # --- same in dnpo.py, tso.py, sams.py: shard ---
-def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
+def shard(wrap, path: str, c, device) -> nn.Module:
     """Loads a model in float32 and makes it ready for the loop: a Scorer, made by wrap(lm).
 
     First comes activation checkpointing, then DDP, FSDP2 (hsdp: sharded inside a node, replicated
-    across) or one device. Under FSDP only rank 0 ever holds the whole model, on its CPU. offload:
-    the layers may be moved to the CPU; each then comes back for its forward pass.
+    across) or one device. Under FSDP only rank 0 ever holds the whole model, on its CPU, and a
+    frozen model is kept in c.dtype: FSDP computes with nothing finer.
     """
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
@@ -1368,12 +1367,13 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     full = None
     if job.on_rank_0():
         full = wrap(load_lm(path, torch.float32, "cpu"))
+        job.cast_frozen(full, getattr(torch, c.dtype))
+    job.cast_frozen(module, getattr(torch, c.dtype))
     options = {"mp_policy": fsdp.MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32)}
     if c.parallel == "hsdp":
         options["mesh"] = job.node_mesh(device.type)
-    offload_policy = fsdp.CPUOffloadPolicy(pin_memory=False) if offload else fsdp.OffloadPolicy()
     for layer in layers:
-        fsdp.fully_shard(layer, **options, offload_policy=offload_policy)
+        fsdp.fully_shard(layer, **options)
     fsdp.fully_shard(module, **options)  # the root holds embedding and head: they may be tied
     return job.fill(module, full, device)
 

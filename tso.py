@@ -238,8 +238,6 @@ class Config:
     preset: Literal["toy", "paper"] = "paper"
     # under torchrun: replicate the model, shard it, or shard it inside a node and replicate across
     parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "fsdp"
-    # under fsdp or hsdp: the reference's layers wait in CPU memory; slower
-    offload_reference: bool = False
     # of the computation; weights and optimizer stay in float32
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     activation_checkpointing: bool = True  # recompute activations in the backward pass
@@ -265,7 +263,6 @@ class Config:
             asked = getattr(self, name)
             if not asked or not set(asked) <= set(cells):
                 raise ValueError(f"--{name} {' '.join(asked)}: expected some of {', '.join(cells)}")
-        job.check_offload(self)
         if self.correct and self.judge == "none" and not self.verdicts and not self.export_pairs:
             raise ValueError("--judge none can't correct: use --no-correct, or --verdicts")
         if self.export_pairs:
@@ -294,7 +291,7 @@ TOY = {
     "activation_checkpointing": False,
 }
 # what may change between a run and its --resume
-MAY_CHANGE = ("out", "resume", "overwrite", "parallel", "offload_reference", "micro_batch")
+MAY_CHANGE = ("out", "resume", "overwrite", "parallel", "micro_batch")
 MAY_CHANGE += ("save_every", "save_dtype", "verdicts", "export_pairs", "rounds")
 
 
@@ -744,7 +741,7 @@ def train(c, at: Slice, pairs: list[Pair], start: Model):
     # the two models, and the optimizer
     device = start.device
     policy = shard(Scorer, start.path, c, device)
-    reference = shard(frozen_scorer, start.path, c, device, c.offload_reference)
+    reference = shard(frozen_scorer, start.path, c, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
     parts = {"policy": (policy, optimizer)}  # what a training state holds
 
@@ -757,8 +754,6 @@ def train(c, at: Slice, pairs: list[Pair], start: Model):
     run = job.TrainingRun(
         c, at.folder, steps, parts, device, metrics=file, note=place, tags=tags, place=place
     )
-    if c.offload_reference:
-        common.blocks(reference.lm).cpu()  # now that TrainingRun has loaded all of it
 
     for step in run:  # goes on after a kill; ends on SIGTERM, and in write() on NaN
         sums = descend(c, policy, reference, pairs, steps[step], device)
@@ -1037,8 +1032,7 @@ def show_plan(c, tok, parts, test_rows: list[dict], dropped: Counter, device):
     steps = min(steps, c.max_steps or steps)
     print(job.batch_note(c, f"at most {steps} steps a slice", device))
     lm = lm_shapes(c.model)
-    what = {"layers": common.blocks(lm), "chunk": common.CHUNK}
-    print(job.memory_plan(lm, c, reference=True, **what))
+    print(job.memory_plan(lm, c, chunk=common.CHUNK, reference=True))
     common.show_example(tok, parts[0][0], c.max_response)
 
 
@@ -1072,12 +1066,12 @@ def report(out: Path, results: list[dict], model: str, started: float):
 
 
 # --- same in dnpo.py, tso.py, sams.py: shard ---
-def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
+def shard(wrap, path: str, c, device) -> nn.Module:
     """Loads a model in float32 and makes it ready for the loop: a Scorer, made by wrap(lm).
 
     First comes activation checkpointing, then DDP, FSDP2 (hsdp: sharded inside a node, replicated
-    across) or one device. Under FSDP only rank 0 ever holds the whole model, on its CPU. offload:
-    the layers may be moved to the CPU; each then comes back for its forward pass.
+    across) or one device. Under FSDP only rank 0 ever holds the whole model, on its CPU, and a
+    frozen model is kept in c.dtype: FSDP computes with nothing finer.
     """
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
@@ -1097,12 +1091,13 @@ def shard(wrap, path: str, c, device, offload: bool = False) -> nn.Module:
     full = None
     if job.on_rank_0():
         full = wrap(load_lm(path, torch.float32, "cpu"))
+        job.cast_frozen(full, getattr(torch, c.dtype))
+    job.cast_frozen(module, getattr(torch, c.dtype))
     options = {"mp_policy": fsdp.MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32)}
     if c.parallel == "hsdp":
         options["mesh"] = job.node_mesh(device.type)
-    offload_policy = fsdp.CPUOffloadPolicy(pin_memory=False) if offload else fsdp.OffloadPolicy()
     for layer in layers:
-        fsdp.fully_shard(layer, **options, offload_policy=offload_policy)
+        fsdp.fully_shard(layer, **options)
     fsdp.fully_shard(module, **options)  # the root holds embedding and head: they may be tied
     return job.fill(module, full, device)
 

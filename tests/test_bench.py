@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import dnpo_flags, refused, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -242,7 +243,7 @@ def told_by_dnpo(monkeypatch, *flags) -> dict:
 def test_the_memory_plan_counts_what_is_there(monkeypatch, world, tmp_path):
     """Weights, gradients, Adam, reference and noise head in bytes, against tensors that exist.
 
-    The reference is counted whole, and with its layers offloaded.
+    Under FSDP the reference is in bf16.
     """
     path = str(world / "sft")
     lm = common.load_lm(path, torch.float32, CPU)
@@ -252,21 +253,18 @@ def test_the_memory_plan_counts_what_is_there(monkeypatch, world, tmp_path):
 
     shapes = common.lm_shapes(path)
     told = told_by_dnpo(monkeypatch, *dnpo_flags(world, out=tmp_path / "run"))
-    told.pop("layers")
     assert told == {"chunk": common.CHUNK, "reference": True, "heads": noise_head(shapes)}
-    told["layers"] = shapes.model.layers
     found = job.memory_parts(shapes, dnpo.Config(parallel="none"), **told)
     for name in ("weights", "gradients", "Adam"):
         assert found[name] == of_lm[name]
     assert found["reference"] == of_lm["weights"]
     assert found["noise head"] == sum(of_head.values())
 
-    monkeypatch.setenv("RANK", "0")
-    offloaded = dnpo.Config(offload_reference=True)
     told["heads"] = {}
-    found = job.memory_parts(shapes, offloaded, **told)
-    outside = sum(p.nbytes for name, p in lm.named_parameters() if ".layers." not in name)
-    assert found["reference"] == outside
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    found = job.memory_parts(shapes, dnpo.Config(), **told)
+    dist.destroy_process_group()
+    assert found["reference"] == sum(p.to(torch.bfloat16).nbytes for p in lm.parameters())
 
 
 class Alive(TorchDispatchMode):
@@ -346,7 +344,6 @@ def test_the_memory_plan_bounds_what_a_step_makes(method, checkpointing, dtype):
     plan = job.memory_parts(
         lm,
         dataclasses.replace(c, activation_checkpointing=checkpointing),
-        layers=lm.model.layers,
         chunk=common.CHUNK,
         reference=method is dnpo,
         heads=noise_head(lm) if method is dnpo else None,

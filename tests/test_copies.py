@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 METHODS = ("dnpo.py", "tso.py", "sams.py")
-MODULES = ("job.py", "datafiles.py", "common.py", "toy.py")
+MODULES = ("job.py", "datafiles.py", "common.py", "words.py", "toy.py")
 # every script has its own; all else of one name is one text
 OWN = {"main", "Config", "descend", "train", "training_summary", "prepare", "measure"}
 OWN |= {"show_plan", "report"}

@@ -658,7 +658,6 @@ def has(line, *words):
         ("--max_steps -1", ["--max_steps", "-1"]),
         ("--max_steps 0", ["--max_steps", "0"]),
         ("--labels judge --judge none", ["--labels", "--judge none"]),
-        ("--parallel fsdp --offload_reference", ["--offload_reference", "torchrun"]),
     ],
 )
 def test_a_wrong_flag_is_named(flags, words, refused, bare, tmp_path):

@@ -971,8 +971,8 @@ def kinds_of(runs) -> dict[str, list[str]]:
 
 def test_runs_that_lack_a_newer_flag_or_differ_in_the_systems_are_one_kind(tmp_path):
     """An old run joins the only kind that it is like; where there are two, it stays apart."""
-    fsdp = {"parallel": "fsdp", "offload_reference": True, "save_dtype": "float32"}
-    ddp = {"parallel": "ddp", "offload_reference": False, "save_dtype": "bfloat16"}
+    fsdp = {"parallel": "fsdp", "save_dtype": "float32"}
+    ddp = {"parallel": "ddp", "save_dtype": "bfloat16"}
     variants = {
         "old": {},
         "fsdp": {"judge_noise": 0.0, **fsdp},

@@ -26,7 +26,6 @@ from conftest import (
     script,
     weights,
 )
-from torch.distributed.fsdp import CPUOffloadPolicy
 
 import common
 import dnpo
@@ -34,8 +33,7 @@ import generate
 import job
 import sams
 import toy
-import tso
-from common import Answer, Model, Pair
+from common import Answer, Model, Scorer, collate
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +118,7 @@ def two(flags, tmp_path_factory):
     """Runs on two ranks under one torchrun, whose start takes longer than a run.
 
     `replicated` and `sharded` are the plain run. `resumed` is a sharded run that died after the
-    first step with noise and went on with the reference offloaded; `one/resumed` is what it left
+    first step with noise and went on; `one/resumed` is what it left
     behind when it died. `alternating-ddp` and `alternating-fsdp` alternate, `offset-ddp` and
     `offset-fsdp` are the control, with noise that starts at random.
     """
@@ -132,7 +130,7 @@ def two(flags, tmp_path_factory):
         (False, flags("replicated", parallel="ddp", micro_batch=4)),
         (False, flags("sharded", **sharded)),
         (True, resumed),
-        (False, [*resumed, "--resume", "--offload_reference"]),
+        (False, [*resumed, "--resume"]),
     ]
     for name, more in (("alternating", ALTERNATING), ("offset", OFFSET)):
         for way in ("ddp", "fsdp"):
@@ -200,16 +198,6 @@ def test_the_other_updates_are_the_same_on_two_ranks_too(two, flags, name, more)
         assert_close(trained, weights(out / "iter1/checkpoint"), atol=1e-4)
 
 
-def train_dnpo(c, pairs: list[Pair], start: Model, folder: Path):
-    dnpo.train(
-        c, dnpo.Iteration(1, dsl=True, npo=True, folder=folder, dtype="float32"), pairs, start
-    )
-
-
-def train_tso(c, pairs: list[Pair], start: Model, folder: Path):
-    tso.train(c, tso.Slice(1, 1, 1, [], folder), pairs, start)
-
-
 @pytest.fixture
 def one_rank():
     """A process group of this process alone."""
@@ -218,47 +206,38 @@ def one_rank():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("module, train", [(dnpo, train_dnpo), (tso, train_tso)])
-def test_an_offloaded_reference_leaves_the_device(
-    monkeypatch, one_rank, world, tmp_path, module, train
-):
-    """The reference's layers are FSDP's to offload, and go to the CPU once the state is loaded.
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_sharded_reference_in_bf16_gives_the_same_bits(monkeypatch, one_rank, world, noisy):
+    """FSDP casts a frozen float32 reference to bf16 anyway: half of the bytes, the same numbers.
 
-    No other part of it does, nor of the policy. torch loads only what is on one device.
+    Trained weights, the policy's and the noise's, stay in float32, and so do the gradients.
     """
-    policies, happened, fully_shard = {}, [], module.fsdp.fully_shard
+    c = dnpo.Config(parallel="fsdp", dtype="bfloat16", activation_checkpointing=False)
+    path, cpu = str(world / "sft"), torch.device("cpu")
+    ids, mask = collate([([1, 7, 8], [9, 10, 2]), ([1, 9], [7, 2])], cpu)
 
-    def note_policy(part, **options):
-        policies[part] = options.get("offload_policy")
-        return fully_shard(part, **options)
+    def wrap(lm):
+        return dnpo.NoisyReference(lm, "linear" if noisy else None)
 
-    def note_load(path, parts, training):
-        happened.append("loaded")
-        return {"step": 0}
+    found, kinds = [], []
+    for cast in (job.cast_frozen, lambda *_: None):
+        monkeypatch.setattr(job, "cast_frozen", cast)
+        reference = dnpo.shard(wrap, path, c, cpu)
+        kinds.append([(p.requires_grad, p.dtype) for p in reference.parameters()])
+        logps, *_ = reference(ids, mask, [5])
+        if noisy:
+            logps.sum().backward()
+        found.append((reference, logps))
 
-    def leave(layers):
-        happened.append(list(layers))
-        raise Killed
-
-    monkeypatch.setattr(module.fsdp, "fully_shard", note_policy)
-    monkeypatch.setattr(job, "load_state", note_load)
-    monkeypatch.setattr(torch.nn.ModuleList, "cpu", leave)
-    monkeypatch.setenv("RANK", "0")
-    (tmp_path / "state.pt").touch()
-    c = module.Config(parallel="fsdp", offload_reference=True, batch=4, dtype="float32")
-    pairs = [Pair([1, 2], [3, 4], [5], str(i)) for i in range(4)]
-    start = Model(str(world / "sft"), None, torch.device("cpu"), torch.float32)
-    with pytest.raises(Killed):
-        train(c, pairs, start, tmp_path)
-
-    offloaded = []
-    for part, policy in policies.items():
-        if isinstance(policy, CPUOffloadPolicy):
-            offloaded.append(part)
-    assert happened == ["loaded", offloaded]
-    assert len(offloaded) * 2 + 2 == len(policies)  # of two models, each layers and a root
-    for part in offloaded:
-        assert not any(p.requires_grad for p in part.parameters())
+    trained = {(True, torch.float32)} if noisy else set()
+    assert set(kinds[0]) == trained | {(False, torch.bfloat16)}
+    assert set(kinds[1]) == trained | {(False, torch.float32)}
+    (kept, logps), (cast_each_time, others) = found
+    assert torch.equal(logps, others)
+    for mine, other in zip(kept.parameters(), cast_each_time.parameters(), strict=True):
+        if mine.requires_grad:
+            assert torch.equal(mine.grad.full_tensor(), other.grad.full_tensor())
+    assert all(p.dtype == torch.float32 for p in dnpo.shard(Scorer, path, c, cpu).parameters())
 
 
 def test_none_under_torchrun_is_refused(monkeypatch, flags, tmp_path, capsys):

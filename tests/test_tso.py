@@ -1600,10 +1600,10 @@ def test_a_killed_run_ends_with_the_same_results(plain, world, tmp_path, kill):
 
 
 def test_two_ranks_sample_and_learn_what_one_does(plain, world, tmp_path):
-    """DDP and FSDP, its reference offloaded, on two ranks: the same files, numbers and weights."""
+    """DDP and FSDP on two ranks: the same files, numbers and weights."""
     ranks = {"save_every": 50, "n_scores": 0}
-    ddp = tso_flags(world, PLAIN, ranks, out="ddp", parallel="ddp", offload_reference=False)
-    fsdp = tso_flags(world, PLAIN, ranks, out="fsdp", parallel="fsdp", offload_reference=True)
+    ddp = tso_flags(world, PLAIN, ranks, out="ddp", parallel="ddp")
+    fsdp = tso_flags(world, PLAIN, ranks, out="fsdp", parallel="fsdp")
     together(tso, tmp_path, 2, [(2, False, ddp), (2, False, fsdp)])
 
     for out in (tmp_path / "ddp", tmp_path / "fsdp"):
