@@ -262,8 +262,8 @@ def score(prompt: str, answer: str) -> float:
     if not words_of(answer):
         return 0.0
     constraints = constraints_of(prompt)
-    credits = [constraint.credit(answer, *blanks) for constraint, blanks in constraints]
-    marks = 10 * sum(credits) / len(credits)
+    earned = [constraint.credit(answer, *blanks) for constraint, blanks in constraints]
+    marks = 10 * sum(earned) / len(earned)
     return min(marks, 3.0) if has_fault(prompt, answer) else marks
 
 
