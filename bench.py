@@ -8,7 +8,8 @@ beside a floor and (--vs trl) TRL's DPOTrainer.
     python bench.py --sweep length pairs chunk ranks          # how cost grows, as bench-sweep.json
 
 floor    the backbone forward and backward on the same real tokens: no padding, no head, no loss
-dpo      our loop, reference log-probs at hand; dpo+ac: with activation checkpointing
+dpo      our loop, reference log-probs at hand; dpo+ac: with activation checkpointing;
+         dpo+compile: with compiled layers (--rows dpo+compile)
 sams     scoring, a small selector at work on 33 rounds, training on the half that it picks;
          sams+paper: with a selector of the paper's size and a frozen encoder (--rows sams+paper)
 tso      the dual-clip loss with a resident reference: DPO where the reference is not precomputed
@@ -76,7 +77,7 @@ LLAMA_8B = {
 }
 SHAPES = {"1b": LLAMA_1B, "8b": LLAMA_8B}
 ROWS = ["floor", "dpo", "dpo+ac", "sams", "tso", "dnpo"]
-ONLY_IF_ASKED = ["sams+paper"]
+ONLY_IF_ASKED = ["dpo+compile", "sams+paper"]
 SMALL_SELECTOR = {"selector_depth": 2, "selector_width": 128, "encoder": "none", "context": "both"}
 PAPERS_SELECTOR = {"selector_depth": 16, "selector_width": 4096}
 ROWS_OF_RANKS = ["dpo", "dpo+ac", "sams"]  # that several ranks can share
@@ -126,6 +127,16 @@ def activation_checkpointing(lm):
     """Inside, every layer of the model is recomputed in the backward pass."""
     for layer in common.blocks(lm):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    yield
+    for layer in common.blocks(lm):
+        del layer.forward
+
+
+@contextlib.contextmanager
+def compiled(lm):
+    """Inside, every layer of the model is compiled, once and for all."""
+    for layer in common.blocks(lm):
+        layer.forward = torch.compile(layer.forward, dynamic=True)
     yield
     for layer in common.blocks(lm):
         del layer.forward
@@ -308,6 +319,7 @@ def make_steps(c, loaded: Loaded, device) -> tuple[dict[str, Callable], list[nn.
         "floor": partial(floor, work, unpadded(loaded.pairs, device)),
         "dpo": partial(dpo, work),
         "dpo+ac": partial(dpo_checkpointed, work),
+        "dpo+compile": partial(dpo_compiled, work),
     }
     if "sams" in c.rows:
         steps["sams"] = partial(choose_and_train, work, busy_bandit(work, frozen=False))
@@ -378,6 +390,11 @@ def dpo(work: Work) -> Tensor:
 
 def dpo_checkpointed(work: Work):
     with activation_checkpointing(work.policy.lm):
+        dpo(work)
+
+
+def dpo_compiled(work: Work):
+    with compiled(work.policy.lm):
         dpo(work)
 
 

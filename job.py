@@ -205,11 +205,12 @@ def node_mesh(device_type: str):
     return dist.init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def cast_frozen(module: nn.Module, dtype: torch.dtype):
+def cast_frozen(modules: list[nn.Module | None], dtype: torch.dtype):
     """Keeps the weights that are not trained in the dtype that they are computed in."""
-    for weight in module.parameters():
-        if not weight.requires_grad:
-            weight.data = weight.data.to(dtype)
+    for module in filter(None, modules):
+        for weight in module.parameters():
+            if not weight.requires_grad:
+                weight.data = weight.data.to(dtype)
 
 
 def fill(module: nn.Module, full: nn.Module | None, device) -> nn.Module:
@@ -705,6 +706,9 @@ def check_run(config):
         raise ValueError(f"--warmup must be at least 0 and at most 1, not {config.warmup}")
     if not 0 < config.epochs <= MOST_EPOCHS:
         raise ValueError(f"--epochs must be above 0 and at most {MOST_EPOCHS}, not {config.epochs}")
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    if config.compile and not any(map(shutil.which, compilers)):
+        raise ValueError("--compile needs a C++ compiler: install g++, or set CXX to one")
 
 
 def check_out(folder: Path, flag: str = "--out"):

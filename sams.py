@@ -636,6 +636,7 @@ class Config:
     # of the computation; weights and optimizer stay in float32
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     activation_checkpointing: bool = True  # recompute activations in the backward pass
+    compile: bool = False  # the layers, with torch.compile; the first steps take minutes
     save_every: int = 50  # optimizer steps between training states
     # of the weights of the last checkpoint; those in between stay in float32
     save_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -1353,6 +1354,9 @@ def shard(wrap, path: str, c, device) -> nn.Module:
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
     layers = common.blocks(module.lm)
 
+    if c.compile:
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
     if c.activation_checkpointing and any(p.requires_grad for p in module.lm.parameters()):
         for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
@@ -1364,11 +1368,8 @@ def shard(wrap, path: str, c, device) -> nn.Module:
             return DDP(module, find_unused_parameters=module.unused)
         return module
 
-    full = None
-    if job.on_rank_0():
-        full = wrap(load_lm(path, torch.float32, "cpu"))
-        job.cast_frozen(full, getattr(torch, c.dtype))
-    job.cast_frozen(module, getattr(torch, c.dtype))
+    full = wrap(load_lm(path, torch.float32, "cpu")) if job.on_rank_0() else None
+    job.cast_frozen([module, full], getattr(torch, c.dtype))
     options = {"mp_policy": fsdp.MixedPrecisionPolicy(getattr(torch, c.dtype), torch.float32)}
     if c.parallel == "hsdp":
         options["mesh"] = job.node_mesh(device.type)

@@ -104,7 +104,9 @@ def gradients_of_two(lm, reference, pairs: list[Pair]) -> list[Tensor]:
 
 
 def test_every_row_does_the_work_it_is_named_for(config, monkeypatch):
-    """dpo+ac has dpo's gradients, sams has those of half of the pairs, and these are the longest.
+    """dpo+ac and dpo+compile have dpo's gradients, sams has those of half of the pairs.
+
+    These pairs are the longest.
 
     The losses of tso and dnpo are taken against the unmoved reference.
     """
@@ -131,6 +133,7 @@ def test_every_row_does_the_work_it_is_named_for(config, monkeypatch):
 
     plain = gradients("dpo")
     torch.testing.assert_close(gradients("dpo+ac"), plain)
+    torch.testing.assert_close(gradients("dpo+compile"), plain, atol=1e-5, rtol=1e-4)
 
     of_two = gradients_of_two(lm, reference, pairs)
     for row in ("sams", "sams+paper"):

@@ -5,8 +5,10 @@ And the numbers of the report, recomputed from the run's files.
 
 import json
 import math
+import random
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from conftest import (
     script,
     weights,
 )
+from torch.distributed.tensor import DTensor
 
 import common
 import dnpo
@@ -33,7 +36,7 @@ import generate
 import job
 import sams
 import toy
-from common import Answer, Model, Scorer, collate
+from common import Answer, Model, Pair, Scorer, collate
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +241,70 @@ def test_a_sharded_reference_in_bf16_gives_the_same_bits(monkeypatch, one_rank, 
         if mine.requires_grad:
             assert torch.equal(mine.grad.full_tensor(), other.grad.full_tensor())
     assert all(p.dtype == torch.float32 for p in dnpo.shard(Scorer, path, c, cpu).parameters())
+
+
+def steps_of_unequal_lengths(c, wrap, path: str, count: int) -> list[float]:
+    """Losses and gradients (their sums) of DNPO's steps on random pairs, 4 of other lengths each.
+
+    wrap makes the policy.
+    """
+    cpu, rng = torch.device("cpu"), random.Random(0)
+    policy = dnpo.shard(wrap, path, c, cpu)
+    reference = dnpo.shard(lambda lm: dnpo.NoisyReference(lm, "0.5"), path, c, cpu)
+    found = []
+
+    def draw(most: int) -> list[int]:
+        return [rng.randrange(7, 20) for _ in range(rng.randint(2, most))]
+
+    for step in range(count):
+        pairs = [Pair([1, *draw(12)], draw(14), draw(14), str(i)) for i in range(4)]
+        seed = (0, "noise", step)
+        sums = dnpo.descend(c, "joint", policy, reference, pairs, [0, 1, 2, 3], seed, cpu)
+        found.append(float(sums["loss"]))
+        for weight in policy.parameters():
+            gradient = weight.grad
+            if isinstance(gradient, DTensor):
+                gradient = gradient.full_tensor()
+            found.append(gradient.double().abs().sum().item())
+        policy.zero_grad()
+    return found
+
+
+def test_compiled_layers_give_the_same_numbers_and_are_compiled_once(one_rank, world):
+    """50 steps of unequal lengths: one graph with and one without gradients, at most two of each.
+
+    With activation checkpointing, under DDP and FSDP, and with SamS's pooling hooks.
+    """
+    path = str(world / "sft")
+    plain = dnpo.Config(parallel="none", dtype="float32", activation_checkpointing=False)
+    expected = steps_of_unequal_lengths(plain, Scorer, path, 50)
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    compiled = replace(plain, compile=True)
+    assert steps_of_unequal_lengths(compiled, Scorer, path, 50) == pytest.approx(expected, rel=1e-3)
+    assert 2 <= counters["unique_graphs"] <= 4
+
+    for parallel in ("ddp", "fsdp"):
+        c = replace(compiled, parallel=parallel, activation_checkpointing=True)
+        found = steps_of_unequal_lengths(c, Scorer, path, 3)
+        assert found == pytest.approx(expected[: len(found)], rel=1e-3)
+
+    ids, mask = collate([([1, 7, 8], [9, 10, 2]), ([1, 9], [7, 2])], "cpu")
+    values = []
+    for c in (plain, compiled):
+        scorer = dnpo.shard(sams.PoolingScorer, path, c, torch.device("cpu"))
+        with torch.no_grad():
+            values.append(scorer(ids, mask, mask))
+    torch.testing.assert_close(values[0], values[1], atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_compiler_compile_is_one_line(monkeypatch, flags, tmp_path, capsys):
+    """Before anything is loaded."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, dnpo, *flags(tmp_path / "run", compile=True))
+    assert stop.value.code == 2
+    assert "--compile needs a C++ compiler" in capsys.readouterr().err
 
 
 def test_none_under_torchrun_is_refused(monkeypatch, flags, tmp_path, capsys):
