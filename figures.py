@@ -81,6 +81,7 @@ ALIKE = {
     "overwrite",
     "parallel",
     "activation_checkpointing",
+    "compile",
     "micro_batch",
     "sort_by_length",
     "save_every",
