@@ -1096,6 +1096,8 @@ def reference_logps(c, model: Model, pairs: list[Pair]) -> Tensor:
     cast = c.dtype
     if c.dtype == "bfloat16" and dist.is_initialized() and c.parallel in ("fsdp", "hsdp"):
         cast = "bfloat16 by FSDP"  # which casts norms, too: nats apart from autocast
+    if c.compile:
+        cast += ", compiled"  # which rounds less often
     key = job.seed_of(model.path, common.weights_stamp(model.path), cast, *ids)
     return logps_in_file(c, Path(c.reference) / f"{key:016x}.jsonl", model, pairs, "reference")
 

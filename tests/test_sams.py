@@ -1290,7 +1290,7 @@ def test_k_is_rounded_up(monkeypatch, flags, tmp_path):
 
 
 def test_the_reference_is_scored_once(monkeypatch, flags, tmp_path, world):
-    """A second run reads the file; other data, model or number format make another one."""
+    """A second run reads the file; other data, model, format or compiled layers make another."""
     reference = tmp_path / "reference"
 
     def start(name: str, **more):
@@ -1323,6 +1323,9 @@ def test_the_reference_is_scored_once(monkeypatch, flags, tmp_path, world):
     start("d", dtype="bfloat16", micro_batch=1)
     start("e", model=world / "sft-early")
     assert files() == 8
+    start("g", compile=True)  # whose first margins are 0 too
+    assert files() == 10
+    assert metrics(tmp_path / "g")[0]["rewards/margins"] == 0
 
 
 @pytest.fixture
