@@ -389,8 +389,7 @@ def test_the_memory_plan_leaves_out_what_a_config_does_not_say(folder_of, name):
     """
     lm = common.lm_shapes(str(folder_of(name)))
     c = dnpo.Config(parallel="none")
-    what = {"layers": common.blocks(lm), "chunk": common.CHUNK}
-    parts = job.memory_parts(lm, c, reference=True, **what)
+    parts = job.memory_parts(lm, c, chunk=common.CHUNK, reference=True)
     numbers = sum(p.numel() for p in sharp(folder_of(name)).parameters())
     assert parts["weights"] == 4 * numbers
     assert ("activations up to about" in parts) == (name != "GPT-2")

@@ -965,7 +965,7 @@ def test_a_wrong_flag_ends_the_program_in_one_line(flags, message, capsys):
 def test_flags_of_a_run_that_make_no_sense_are_named(more, words):
     """Alone or together."""
     sensible = {"resume": True, "overwrite": False, "data": "a.jsonl", "test": "b.jsonl"}
-    sensible.update(warmup=1.0, epochs=1000)
+    sensible.update(warmup=1.0, epochs=1000, compile=False)
     job.check_run(SimpleNamespace(**sensible))
     with pytest.raises(ValueError, match=re.escape(words)):
         job.check_run(SimpleNamespace(**{**sensible, **more}))
