@@ -278,6 +278,7 @@ def test_compiled_layers_give_the_same_numbers_and_are_compiled_once(one_rank, w
     path = str(world / "sft")
     plain = dnpo.Config(parallel="none", dtype="float32", activation_checkpointing=False)
     expected = steps_of_unequal_lengths(plain, Scorer, path, 50)
+    torch.compiler.reset()  # what other tests have compiled
     counters = torch._dynamo.utils.counters["stats"]
     counters.clear()
     compiled = replace(plain, compile=True)
