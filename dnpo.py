@@ -58,6 +58,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import random
@@ -179,17 +180,32 @@ class NoiseHead(nn.Linear):
             nn.init.constant_(self.bias, float(init))
 
 
-def draw(seeds: list[int], vocabulary: int, device) -> Tensor:
-    """eps ~ N(0, I) for N tokens: [N, V].
+BLOCK = 16  # tokens of an answer whose noise is drawn in one call
 
-    Every token has a seed of its own, so that batch-mates, chunks and ranks change nothing.
+
+def block_seed(token: tuple[int, int]) -> int:
+    """The seed of the block that a token's noise lies in."""
+    answer_seed, place = token
+    return answer_seed + place // BLOCK
+
+
+def draw(tokens: list[tuple[int, int]], vocabulary: int, device) -> Tensor:
+    """eps ~ N(0, I) for N tokens, each given as (its answer's seed, its place in it): [N, V].
+
+    The noise of an answer consists of blocks of BLOCK tokens. A block has a seed of its own and is
+    always drawn whole, so that batch-mates, chunks and ranks change nothing.
     """
     generator = torch.Generator(device)
-    rows = []
-    for seed in seeds:
+    eps = torch.empty(len(tokens), vocabulary, device=device)
+    block = torch.empty(BLOCK, vocabulary, device=device)
+    start = 0
+    for seed, some in itertools.groupby(tokens, block_seed):
         generator.manual_seed(seed)
-        rows.append(torch.randn(vocabulary, generator=generator, device=device))
-    return torch.stack(rows)
+        block.normal_(generator=generator)
+        places = [place % BLOCK for _, place in some]
+        eps[start : start + len(places)] = block[places]
+        start += len(places)
+    return eps
 
 
 class NoisyReference(Scorer):
@@ -227,20 +243,21 @@ class NoisyReference(Scorer):
             rejected = row >= B  # [N]
             chosen_logps = self.head(states[~rejected], targets[~rejected])
 
-        # a token's seed: its answer's, plus its place in the answer
         lengths = mask[B:, 1:].sum(1).tolist()
-        token_seeds = []
+        tokens = []  # of each, its answer's seed and its place in the answer
         for seed, length in zip(seeds, lengths):
-            token_seeds.extend(range(seed, seed + length))
-        by_token = self.noisy_head(states[rejected], targets[rejected], token_seeds)
+            tokens += [(seed, place) for place in range(length)]
+        by_token = self.noisy_head(states[rejected], targets[rejected], tokens)
 
         pair = row[rejected] - B  # the pair of each rejected token
         chosen = common.sum_by_row(chosen_logps, row[~rejected], B)
         noisy, clean, drop, square = [common.sum_by_row(values, pair, B) for values in by_token]
         return torch.cat([chosen, noisy]), clean, drop, square
 
-    def noisy_head(self, states: Tensor, targets: Tensor, seeds: list[int]) -> list[Tensor]:
-        """noisy_chunk, CHUNK tokens at a time: [N, D], [N], N seeds -> [N] each.
+    def noisy_head(
+        self, states: Tensor, targets: Tensor, tokens: list[tuple[int, int]]
+    ) -> list[Tensor]:
+        """noisy_chunk, CHUNK tokens at a time: [N, D], [N], N (seed, place) -> [N] each.
 
         Never more than CHUNK x V noisy logits are alive. The backward pass computes them again, and
         the seeds make it draw the same noise.
@@ -248,7 +265,7 @@ class NoisyReference(Scorer):
         parts = []
         for start in range(0, len(states), common.CHUNK):
             end = start + common.CHUNK
-            chunk = states[start:end], targets[start:end], seeds[start:end]
+            chunk = states[start:end], targets[start:end], tokens[start:end]
             part = checkpoint(
                 self.noisy_chunk, *chunk, use_reentrant=False, preserve_rng_state=False
             )
@@ -256,12 +273,12 @@ class NoisyReference(Scorer):
         return [torch.cat(values) for values in zip(*parts)]
 
     def noisy_chunk(
-        self, states: Tensor, targets: Tensor, seeds: list[int]
+        self, states: Tensor, targets: Tensor, tokens: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log p_noise and log pi of n tokens, noise_drop and mean_v(sigma^2): [n] each."""
         logits = self.logits(states)  # [n, V]
         std = self.noise(states)  # sigma [n, V]
-        eps = draw(seeds, std.shape[1], states.device)  # [n, V]
+        eps = draw(tokens, std.shape[1], states.device)  # [n, V]
         with torch.no_grad():  # before the noisy logits are kept for the backward pass
             clean_logps = common.token_logps(logits, targets)  # [n]
             drop = noise_drop(logits, std, eps)  # [n]

@@ -24,6 +24,7 @@ import job
 import toy
 from common import Model, Pair, Scorer, by_pair, collate_pairs, token_logps
 from dnpo import (
+    BLOCK,
     Config,
     Iteration,
     NoiseHead,
@@ -163,7 +164,7 @@ def naive_noisy_answer(
     for j, y in enumerate(answer):
         h, z = states[j].tolist(), logits[j].tolist()
         sigma = naive_sigma(W, b, h)
-        eps = draw([seed + j], V, "cpu")[0].tolist()
+        eps = draw([(seed, j)], V, "cpu")[0].tolist()
         noisy = naive_noisy_logits(z, sigma, eps)
         logps = naive_log_softmax(noisy)
         clean = naive_log_softmax(z)
@@ -535,8 +536,10 @@ def test_a_linear_start_is_that_of_a_new_linear_layer_and_belongs_to_the_seed():
 
 
 def test_eps_is_standard_normal_and_independent_over_tokens_and_entries():
-    """Mean 0, variance 1, kurtosis 3; no correlation of neighbours, whose seeds are neighbours."""
-    eps = draw([10**18 + i for i in range(1200)], 50, "cpu").double()
+    """Mean 0, variance 1, kurtosis 3; no correlation over tokens, blocks, answers or entries."""
+    answers = [10**18 + 7 * i for i in range(10)]
+    tokens = [(seed, place) for seed in answers for place in range(120)]
+    eps = draw(tokens, 50, "cpu").double()
     assert eps.shape == (1200, 50)
     moments = [eps.mean().item(), eps.var().item(), (eps**4).mean().item()]
     assert moments == pytest.approx([0, 1, 3], abs=0.06)
@@ -544,7 +547,8 @@ def test_eps_is_standard_normal_and_independent_over_tokens_and_entries():
     shifted = [
         (eps[1:], eps[:-1]),
         (eps[2:], eps[:-2]),
-        (eps[400:], eps[:-400]),
+        (eps[BLOCK:], eps[:-BLOCK]),
+        (eps[120:], eps[:-120]),
         (eps[:, 1:], eps[:, :-1]),
         (eps[1:, 1:], eps[:-1, :-1]),
     ]
@@ -553,15 +557,25 @@ def test_eps_is_standard_normal_and_independent_over_tokens_and_entries():
 
 
 def test_the_noise_of_a_token_does_not_depend_on_its_batch_mates():
-    """A seed's eps is the same alone, in company, in any order; another seed's is another."""
-    seeds = [7, 8, 9, 7]
-    several = draw(seeds, V, "cpu")
+    """A token's eps is the same alone, in company, in any order; another token's is another.
+
+    Also for the last token of a block and the first of the next, and where a chunk begins within a
+    block.
+    """
+    tokens = [(7, 0), (7, BLOCK - 1), (7, BLOCK), (7, BLOCK + 1), (900, 3), (900, 2), (7, 0)]
+    several = draw(tokens, V, "cpu")
     torch.manual_seed(99)
-    alone = [draw([seed], V, "cpu") for seed in seeds]
+    alone = [draw([token], V, "cpu") for token in tokens]
     assert torch.equal(several, torch.cat(alone))
-    assert (several[0] != several[1]).all()
-    assert (several[1] != several[2]).all()
-    assert torch.equal(several[0], several[3])
+    for i, row in enumerate(several[:-1]):
+        for other in several[i + 1 : -1]:
+            assert (row != other).all()
+    assert torch.equal(several[0], several[-1])
+
+    answer = [(7, place) for place in range(3 * BLOCK)]
+    whole = draw(answer, V, "cpu")
+    parts = [draw(part, V, "cpu") for part in (answer[:5], answer[5:20], answer[20:])]
+    assert torch.equal(whole, torch.cat(parts))
 
 
 def noisy_reference(init: float | None = 0.1) -> NoisyReference:

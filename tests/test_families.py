@@ -372,7 +372,7 @@ def test_the_noise_comes_after_the_soft_cap_and_the_scale(folder_of, name):
     with torch.no_grad():
         logits = own_logits(lm, prompt + response)[len(prompt) - 1 : -1]
         chosen = own_logp(lm, *SEQUENCES[0])
-    eps = dnpo.draw([5, 6], V, CPU)
+    eps = dnpo.draw([(5, 0), (5, 1)], V, CPU)
     noisy = (logits + 2.0 * eps).log_softmax(-1)
     wanted = noisy[range(len(response)), response].sum()
     assert logps[1].item() == pytest.approx(wanted.item(), abs=1e-4)

@@ -105,7 +105,7 @@ def test_a_diff_whose_context_is_gone_is_noticed():
 def test_another_noise(monkeypatch, world, tmp_path):
     """The fork of dnpo.py draws +1 and -1 alone, equally often, and trains three steps."""
     module = forked_module(tmp_path, "dnpo.py")
-    eps = module.draw(list(range(20)), 1000, "cpu")
+    eps = module.draw([(7, place) for place in range(20)], 1000, "cpu")
     assert eps.shape == (20, 1000)
     assert set(eps.unique().tolist()) == {-1.0, 1.0}
     assert eps.mean().item() == pytest.approx(0, abs=0.03)  # 4 standard deviations
