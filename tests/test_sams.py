@@ -854,7 +854,7 @@ def test_every_round_of_the_pretraining_draws_with_a_seed_of_its_own():
 def test_policy_and_reference_agree_to_the_bit_in_bf16():
     """With one pair a forward pass, an untrained policy's margin is 0 in any order of the batch.
 
-    In larger batches it would not be.
+    In larger batches it need not be.
     """
     c = tiny(dtype="bfloat16", micro_batch=1)
     pairs = random_pairs(12)
@@ -867,6 +867,36 @@ def test_policy_and_reference_agree_to_the_bit_in_bf16():
 
     full, _ = observe(tiny(), policy, pairs, order, CPU)
     assert (full - ref_logps[order]).abs().max() > 1e-4  # it was bf16
+
+
+def test_rounding_in_bf16_is_told_as_the_root_mean_square_of_the_margins(capsys):
+    """Errors of 3 and 4 nats at beta 0.1 in a batch of two: sqrt((0.09 + 0.16) / 2) = 0.3536.
+
+    Nothing is said in float32, or of one pair a pass, where there is no such error.
+    """
+    policy = PoolingScorer(tiny_lm(5))
+    batch = [4, 7]
+    c = tiny(dtype="bfloat16", micro_batch=2, beta=0.1)
+    pairs = random_pairs(12)
+    logps, _ = observe(c, policy, pairs, batch, CPU)
+    ref_logps = torch.zeros(12, 2)
+    ref_logps[4] = logps[0] + torch.tensor([3.0, 0.0])
+    ref_logps[7] = logps[1] + torch.tensor([0.0, 4.0])
+    data = sams.Data(pairs, ref_logps, [False] * 12)
+    sams.tell_rounding(c, policy, data, batch, CPU)
+    said = capsys.readouterr().out
+    assert "off by 0.3536 (" in said
+    assert "too much" in said
+
+    for more in ({"dtype": "float32"}, {"micro_batch": 1}):
+        sams.tell_rounding(dataclasses.replace(c, **more), policy, data, batch, CPU)
+    assert capsys.readouterr().out == ""
+
+    ref_logps[batch] = logps
+    sams.tell_rounding(c, policy, data, batch, CPU)
+    said = capsys.readouterr().out
+    assert "off by 0.0000 (" in said
+    assert "warning" not in said
 
 
 def flipped_rows(rows: list[dict]) -> list[int]:
@@ -1464,6 +1494,18 @@ def test_bf16_starts_at_exactly_0(flags, tmp_path):
     assert third["rewards/margins"] != 0
 
 
+def test_bf16_with_several_pairs_a_pass_says_how_far_off_it_starts(flags, tmp_path, capfd):
+    """Once, before the first step, and not again by a run that goes on."""
+    more = {"dtype": "bfloat16", "micro_batch": 2, "max_steps": 3, "save_every": 1}
+    run_flags = flags(tmp_path / "run", **more)
+    assert forked(sams, *run_flags, kill=("in", "run")) == -signal.SIGKILL
+    said = capfd.readouterr().out
+    assert said.count("before the first step the margins are off by 0.00") == 1
+
+    assert forked(sams, *run_flags, "--resume") == 0
+    assert "before the first step" not in capfd.readouterr().out
+
+
 def test_selective_dpo_keeps_the_easiest_and_begins_with_them(monkeypatch, flags, tmp_path, world):
     """--preselect 0.5: a pair's difficulty is its DPO loss under models that never saw it.
 
@@ -1554,7 +1596,6 @@ def test_the_easiest_share_is_rounded_up_and_sorted(monkeypatch, tmp_path):
         ({"flip": -0.1}, "--flip"),
         ({"preselect": 0}, "--preselect"),
         ({"gamma": 2}, "--gamma"),
-        ({"dtype": "bfloat16"}, "--dtype bfloat16 needs --micro_batch 1"),
         ({"max_steps": 0}, "--max_steps"),
         ({"limit": 0}, "--limit"),
         ({"replay": -1}, "--replay"),
