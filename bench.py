@@ -6,6 +6,7 @@ beside a floor and (--vs trl) TRL's DPOTrainer.
     python bench.py --shape 1b --length 1024        # random weights and pairs: nothing to download
     python bench.py --model DIR --ranks 2           # one step over two processes under FSDP
     python bench.py --sweep length pairs chunk ranks          # how cost grows, as bench-sweep.json
+    python bench.py --model DIR --data prompts.jsonl --sample 256    # sampling, beside generate()
 
 floor    the backbone forward and backward on the same real tokens: no padding, no head, no loss
 dpo      our loop, reference log-probs at hand; dpo+ac: with activation checkpointing;
@@ -16,6 +17,10 @@ tso      the dual-clip loss with a resident reference: DPO where the reference i
 dnpo     the joint update: resident reference with noise head
 trl      DPOTrainer's loss, reference log-probs at hand, its head and metrics included; trl+ac: with
          its gradient checkpointing
+
+With --sample: generate is transformers' own generate() on batches in the file's order, ours is what
+generate.py does with the same prompts. Tokens are those of answers; "finished" is the share of
+decoded rows that belong to answers which had ended before.
 
 All rows in one process on the same pairs, medians of interleaved repeats. Memory is the growth over
 weights and optimizer, gradients included: the CUDA allocator's peak on a GPU, the resident set's on
@@ -37,6 +42,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -116,6 +122,9 @@ class Config:
     ranks: int = 1  # processes that share the step, under FSDP: rows dpo, dpo+ac, sams
     # how cost grows with: length, pairs, chunk, ranks
     sweep: list[str] = dataclasses.field(default_factory=list)
+    # instead of a step: answers of at most --max_response tokens to so many prompts of --data
+    sample: int | None = None
+    sample_batch: int = 64  # answers sampled at a time
     out: str = "bench.json"  # where the numbers go
 
 
@@ -548,7 +557,7 @@ def measure(c, rank: int = 0, meeting: str = "") -> dict:
     }
 
 
-def enter(c, rank: int, meeting: str) -> torch.device:
+def enter(c, rank: int = 0, meeting: str = "") -> torch.device:
     """Joins the other ranks, if there are any, and returns this rank's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -643,6 +652,90 @@ def apart(c) -> dict:
     return found
 
 
+# ---------------------------------------------------------------- sampling
+
+
+def measure_sampling(c) -> dict:
+    """Measures generate() and ours on the same prompts. Returns what is written to --out."""
+    device = enter(c)
+    keep_freed_blocks(True)
+    tok, _ = common.load_tokenizer(c.model)
+    lm = common.load_lm(c.model, getattr(torch, c.dtype), device)
+    rows, _ = datafiles.load_rows(c.data, "prompt", c.sample)
+    prompts = [common.prompt_ids(tok, row["prompt"]) for row in rows]
+
+    ways = {"generate": plain_generate, "ours": our_sampling}
+    times = {row: [] for row in ways}
+    counts = {}
+    for _ in job.progress(range(c.repeats), "time"):
+        for row, way in ways.items():
+            with counting(lm, tok) as counts[row]:
+                started = time.perf_counter()
+                way(c, lm, tok, prompts)
+                times[row].append(time.perf_counter() - started)
+
+    found = {}
+    for row, measured in times.items():
+        tokens, decoded = counts[row]["tokens"], counts[row]["decoded"]
+        median = statistics.median(measured)
+        found[row] = {
+            "seconds": median,
+            "spread": (max(measured) - min(measured)) / median,
+            "tokens": tokens,
+            "tokens_per_second": tokens / median,
+            "finished": 1 - tokens / decoded,
+        }
+    return {"device": device_note(device), "prompts": len(prompts), "rows": found}
+
+
+@contextlib.contextmanager
+def counting(lm, tok):
+    """Inside, generate() counts: tokens of answers, their ends included, and all it has decoded."""
+    ends = common.end_tokens(lm, tok)
+    counts = Counter()
+    generate = lm.generate
+
+    def counted(input_ids, **how):
+        sequences = generate(input_ids=input_ids, **how)
+        answers = sequences[:, input_ids.shape[1] :]
+        counts["decoded"] += answers.numel()
+        for answer in answers.tolist():
+            stops = [place for place, token in enumerate(answer) if token in ends]
+            counts["tokens"] += stops[0] + 1 if stops else len(answer)
+        return sequences
+
+    lm.generate = counted
+    yield counts
+    del lm.generate
+
+
+def batches_of(prompts: list, c) -> list[list]:
+    """The prompts, --sample_batch at a time."""
+    return [prompts[i : i + c.sample_batch] for i in range(0, len(prompts), c.sample_batch)]
+
+
+def plain_generate(c, lm, tok, prompts: list[list[int]]):
+    """Draws answers as transformers' documentation does: padded batches in the file's order."""
+    torch.manual_seed(0)
+    for batch in batches_of(prompts, c):
+        inputs = tok.pad({"input_ids": batch}, padding_side="left", return_tensors="pt")
+        lm.generate(
+            **inputs.to(lm.device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=c.max_response,
+            eos_token_id=sorted(common.end_tokens(lm, tok)),
+        )
+
+
+def our_sampling(c, lm, tok, prompts: list[list[int]]):
+    """Draws answers as generate.py does: batches by length, each with a seed of its own."""
+    for number, batch in enumerate(batches_of(sorted(prompts, key=len), c)):
+        common.sample(lm, tok, batch, 1.0, c.max_response, job.seed_of(0, number))
+
+
 # ---------------------------------------------------------------- what is asked for
 
 
@@ -651,6 +744,8 @@ def main():
     check(c)
     if c.sweep:
         sweep(c)
+    elif c.sample:
+        sample(c)
     else:
         compare(c)
 
@@ -664,6 +759,9 @@ def check(c):
     needs_tokenizer = c.vs or not (c.length or c.sweep)
     if c.shape and needs_tokenizer:
         job.die("--shape has no tokenizer for --data and --vs: give --length, or a --model")
+
+    if c.sample and (c.shape or c.vs or c.sweep or c.ranks > 1):
+        job.die("--sample goes with a --model and one process, not with --shape, --vs or --sweep")
 
     if c.ranks > 1 or "ranks" in c.sweep:
         if c.shape or c.vs or set(c.rows) - set(ROWS_OF_RANKS):
@@ -688,6 +786,19 @@ def compare(c):
         f" · gradients {found['gradients_mib']:.0f} MiB · {mfu}"
     )
     rows = [{"row": name, **numbers} for name, numbers in found["rows"].items()]
+    print(job.table(rows, columns))
+    write(Path(c.out), found)
+
+
+def sample(c):
+    """Measures sampling: a table, and --out."""
+    found = measure_sampling(c)
+    print(
+        f"{c.model} · {found['prompts']} prompts, {c.sample_batch} at a time, answers of at most"
+        f" {c.max_response} tokens · {c.dtype} · {found['device']}"
+    )
+    rows = [{"row": name, **numbers} for name, numbers in found["rows"].items()]
+    columns = ["row", "seconds", "spread", "tokens", "tokens_per_second", "finished"]
     print(job.table(rows, columns))
     write(Path(c.out), found)
 

@@ -21,6 +21,7 @@ import datafiles
 import dnpo
 import job
 import sams
+import toy
 from common import Pair, Scorer
 
 CPU = torch.device("cpu")
@@ -188,9 +189,53 @@ def test_a_sweep_over_ranks_measures_each_setting_by_itself(monkeypatch, world, 
             assert 0.4 * one["peak_mib"] < two["peak_mib"] < 0.7 * one["peak_mib"]
 
 
+def test_sampling_counts_tokens_and_what_was_decoded_for_them(monkeypatch, world, tmp_path):
+    """A row's tokens are its answers', ends included; a batch is decoded until its last one ends.
+
+    generate's batches are in the file's order, ours go by the prompts' length.
+    """
+    answers = []  # of each batch: the ids of each answer, and of what was decoded behind its end
+    prompts = []  # of each batch: their lengths
+    generate = LlamaForCausalLM.generate
+
+    def note(lm, **how):
+        sequences = generate(lm, **how)
+        width = how["input_ids"].shape[1]
+        answers.append(sequences[:, width:].tolist())
+        prompts.append(how["attention_mask"].sum(1).tolist())
+        return sequences
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", note)
+    of_model = ["--model", world / "sft", "--data", world / "train.jsonl", "--dtype", "float32"]
+    how = ["--sample", 10, "--sample_batch", 4, "--max_response", 9, "--repeats", 1]
+    run(monkeypatch, bench, *of_model, *how, "--out", tmp_path / "bench.json")
+
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["prompts"] == 10
+    rows, _ = datafiles.load_rows(str(world / "train.jsonl"), "prompt", 10)
+    lengths = [len(common.prompt_ids(toy.tokenizer(), row["prompt"])) for row in rows]
+    assert lengths != sorted(lengths)
+    assert sum(prompts[:3], []) == lengths
+    assert sum(prompts[3:], []) == sorted(lengths)
+
+    eos = 2
+    for row, batches in (("generate", answers[:3]), ("ours", answers[3:])):
+        tokens, decoded = 0, 0
+        for batch in batches:
+            sizes = [(answer + [eos]).index(eos) + (eos in answer) for answer in batch]
+            tokens += sum(sizes)
+            decoded += len(batch) * max(sizes)
+        assert tokens < decoded
+        numbers = found["rows"][row]
+        assert numbers["tokens"] == tokens
+        assert numbers["finished"] == pytest.approx(1 - tokens / decoded)
+        assert numbers["tokens_per_second"] == pytest.approx(tokens / numbers["seconds"])
+
+
 @pytest.mark.parametrize(
     "flags, line",
     [
+        (["--sample", "4", "--vs", "trl"], "--sample goes with a --model and one process"),
         (["--rows", "dqo"], "dqo: no such row"),
         (["--sweep", "width"], "width: no such row or sweep"),
         (["--ranks", "2"], "several ranks need"),
