@@ -4,8 +4,8 @@ beside a floor and (--vs trl) TRL's DPOTrainer.
     python bench.py --model DIR --data pairs.jsonl            # a table, and bench.json
     python bench.py --model DIR --data pairs.jsonl --vs trl   # pip install trl
     python bench.py --shape 1b --length 1024        # random weights and pairs: nothing to download
-    python bench.py --model DIR --ranks 2           # one step over two processes under FSDP
-    python bench.py --sweep length pairs chunk ranks          # how cost grows, as bench-sweep.json
+    python bench.py --model DIR --ranks 2 --rows dpo dpo+ac sams    # over two processes, under FSDP
+    python bench.py --rows dpo sams --sweep length pairs chunk ranks    # how cost grows
     python bench.py --model DIR --data prompts.jsonl --sample 256    # sampling, beside generate()
 
 floor    the backbone forward and backward on the same real tokens: no padding, no head, no loss
@@ -18,9 +18,9 @@ dnpo     the joint update: resident reference with noise head
 trl      DPOTrainer's loss, reference log-probs at hand, its head and metrics included; trl+ac: with
          its gradient checkpointing
 
-With --sample: generate is transformers' own generate() on batches in the file's order, ours is what
-generate.py does with the same prompts. Tokens are those of answers; "finished" is the share of
-decoded rows that belong to answers which had ended before.
+With --sample: generate is transformers' own generate() and batch_decode() on batches in the file's
+order, ours is what generate.py does with the same prompts. Tokens are those of answers, "finished"
+is the share of all decoded tokens that lie behind an answer's end.
 
 All rows in one process on the same pairs, medians of interleaved repeats. Memory is the growth over
 weights and optimizer, gradients included: the CUDA allocator's peak on a GPU, the resident set's on
@@ -42,7 +42,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -126,6 +125,10 @@ class Config:
     sample: int | None = None
     sample_batch: int = 64  # answers sampled at a time
     out: str = "bench.json"  # where the numbers go
+
+    def __post_init__(self):
+        job.check_positive(self, "pairs", "max_prompt", "max_response", "chunk", "repeats", "ranks")
+        job.check_positive(self, "length", "micro_batch", "threads", "sample", "sample_batch")
 
 
 # ---------------------------------------------------------------- time and memory of a step
@@ -659,24 +662,30 @@ def measure_sampling(c) -> dict:
     """Measures generate() and ours on the same prompts. Returns what is written to --out."""
     device = enter(c)
     keep_freed_blocks(True)
-    tok, _ = common.load_tokenizer(c.model)
-    lm = common.load_lm(c.model, getattr(torch, c.dtype), device)
+    tok, config = common.load_tokenizer(c.model)
     rows, _ = datafiles.load_rows(c.data, "prompt", c.sample)
+    room = common.context_of(config) - c.max_response
+    rows = common.fitting(tok, rows, min(c.max_prompt, room))
+    if not rows:
+        job.die(f"{c.data}: no prompt has at most {min(c.max_prompt, room)} tokens")
     prompts = [common.prompt_ids(tok, row["prompt"]) for row in rows]
+    lm = common.load_lm(c.model, getattr(torch, c.dtype), device)
 
     ways = {"generate": plain_generate, "ours": our_sampling}
+    for way in ways.values():  # warm up
+        way(c, lm, tok, prompts[:1])
     times = {row: [] for row in ways}
-    counts = {}
+    drawn = {}
     for _ in job.progress(range(c.repeats), "time"):
         for row, way in ways.items():
-            with counting(lm, tok) as counts[row]:
+            with recording(lm) as drawn[row]:
                 started = time.perf_counter()
                 way(c, lm, tok, prompts)
                 times[row].append(time.perf_counter() - started)
 
     found = {}
     for row, measured in times.items():
-        tokens, decoded = counts[row]["tokens"], counts[row]["decoded"]
+        tokens, decoded = count(drawn[row], common.end_tokens(lm, tok))
         median = statistics.median(measured)
         found[row] = {
             "seconds": median,
@@ -689,24 +698,30 @@ def measure_sampling(c) -> dict:
 
 
 @contextlib.contextmanager
-def counting(lm, tok):
-    """Inside, generate() counts: tokens of answers, their ends included, and all it has decoded."""
-    ends = common.end_tokens(lm, tok)
-    counts = Counter()
+def recording(lm):
+    """Inside, what generate() has decoded is kept: the answers' ids [S, T] of each call."""
+    batches = []
     generate = lm.generate
 
-    def counted(input_ids, **how):
+    def recorded(input_ids, **how):
         sequences = generate(input_ids=input_ids, **how)
-        answers = sequences[:, input_ids.shape[1] :]
-        counts["decoded"] += answers.numel()
-        for answer in answers.tolist():
-            stops = [place for place, token in enumerate(answer) if token in ends]
-            counts["tokens"] += stops[0] + 1 if stops else len(answer)
+        batches.append(sequences[:, input_ids.shape[1] :])
         return sequences
 
-    lm.generate = counted
-    yield counts
+    lm.generate = recorded
+    yield batches
     del lm.generate
+
+
+def count(batches: list[Tensor], ends: set[int]) -> tuple[int, int]:
+    """Tokens of all answers, their ends included, and all tokens that were decoded for them."""
+    tokens, decoded = 0, 0
+    for batch in batches:
+        decoded += batch.numel()
+        for answer in batch.tolist():
+            stops = [place for place, token in enumerate(answer) if token in ends]
+            tokens += stops[0] + 1 if stops else len(answer)
+    return tokens, decoded
 
 
 def batches_of(prompts: list, c) -> list[list]:
@@ -716,10 +731,11 @@ def batches_of(prompts: list, c) -> list[list]:
 
 def plain_generate(c, lm, tok, prompts: list[list[int]]):
     """Draws answers as transformers' documentation does: padded batches in the file's order."""
+    tok.pad_token = tok.pad_token or tok.eos_token
     torch.manual_seed(0)
     for batch in batches_of(prompts, c):
         inputs = tok.pad({"input_ids": batch}, padding_side="left", return_tensors="pt")
-        lm.generate(
+        sequences = lm.generate(
             **inputs.to(lm.device),
             do_sample=True,
             temperature=1.0,
@@ -728,6 +744,8 @@ def plain_generate(c, lm, tok, prompts: list[list[int]]):
             max_new_tokens=c.max_response,
             eos_token_id=sorted(common.end_tokens(lm, tok)),
         )
+        answers = sequences[:, inputs["input_ids"].shape[1] :]
+        tok.batch_decode(answers, skip_special_tokens=True)
 
 
 def our_sampling(c, lm, tok, prompts: list[list[int]]):
@@ -756,19 +774,20 @@ def check(c):
     if unknown:
         job.die(f"{' '.join(sorted(unknown))}: no such row or sweep")
 
+    if c.sample and (c.shape or c.vs or c.sweep or c.ranks > 1):
+        job.die("--sample goes with a --model and one process, not with --shape, --vs or --sweep")
+
     needs_tokenizer = c.vs or not (c.length or c.sweep)
     if c.shape and needs_tokenizer:
         job.die("--shape has no tokenizer for --data and --vs: give --length, or a --model")
 
-    if c.sample and (c.shape or c.vs or c.sweep or c.ranks > 1):
-        job.die("--sample goes with a --model and one process, not with --shape, --vs or --sweep")
-
     if c.ranks > 1 or "ranks" in c.sweep:
         if c.shape or c.vs or set(c.rows) - set(ROWS_OF_RANKS):
             job.die("several ranks need a --model, and --rows of dpo, dpo+ac and sams")
-        if torch.cuda.is_available() and torch.cuda.device_count() < c.ranks:
+        ranks = max(SWEEPS["ranks"]) if "ranks" in c.sweep else c.ranks
+        if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
             devices = torch.cuda.device_count()
-            job.die(f"--ranks {c.ranks} needs as many GPUs, here are {devices}")
+            job.die(f"{ranks} ranks need as many GPUs, here are {devices}")
 
 
 def compare(c):

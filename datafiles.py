@@ -1,6 +1,7 @@
 """Data files to rows: data come in many shapes, the scripts know one.
 
-A row is a dict. Its texts are plain strings, and not a character of them is changed:
+A row is a dict. Its texts are plain strings, and not a character of them is changed (but for the
+blanks around the turns of HH-RLHF's dialogues):
 
     "id"        a string: another one for every row, the same in every run
     "prompt"    a list of messages {"role", "content"}: perhaps a system turn, then user and

@@ -50,7 +50,7 @@ Differs from the paper, or is not specified by it (ours unless said):
  9. The noise has an AdamW of its own, with the policy's clipping and learning-rate curve.
 
     python dnpo.py                                     # laptop: the toy world, minutes
-    python dnpo.py --preset paper --limit 2000         # one GPU, a tenth of the paper's data
+    python dnpo.py --preset paper --limit 2000         # one GPU of 180 GiB, a tenth of the data
     torchrun --nproc_per_node 8 dnpo.py                # the paper's run
 """
 

@@ -864,8 +864,9 @@ def main():
 def compare_runs(c: Config):
     """A table of the kinds of runs: held-out results, and how they differ from the first kind's.
 
-    Of each kind there are mean and std over its seeds. The difference is that of runs with the same
-    seed, row by row; its interval draws rows.
+    The first kind is that of the run that was named first (of each task). Of each kind there are
+    mean and std over its seeds. The difference is that of runs with the same seed, row by row; its
+    interval draws rows.
     """
     runs = [figures.read_run(spec) for spec in dict.fromkeys(c.compare)]
     if len({run.method for run in runs}) > 1:
@@ -873,6 +874,7 @@ def compare_runs(c: Config):
 
     rows = []
     for task, kinds in figures.by_task(figures.group_runs(runs)).items():
+        kinds = sorted(kinds, key=lambda kind: min(map(runs.index, kind.runs)))
         found = {kind.name: {run.seed: outcomes_of(run) for run in kind.runs} for kind in kinds}
         first = found[kinds[0].name]
         for kind in kinds:

@@ -113,7 +113,7 @@ def generate_remotely(out: Path, rows: list[dict], client, c: Config) -> list[di
             max_tokens=c.max_new_tokens,
         )
         if fault:
-            sys.exit(f"{fault}; start again: no answer is asked for twice")
+            sys.exit(f"{fault}; start again: no batch is asked for twice")
         drawn = []
         for (i, j), answer in zip(items, answers):
             drawn.append(answer_row(rows[i], j, Drawn(*answer)) if answer else None)

@@ -1087,7 +1087,7 @@ class TrainingRun:
             print(
                 "warning: before the first step the policy differs from its reference "
                 f"by a reward of {metrics['rewards/chosen']:+.4f}, in absolute value {size:.4f}; "
-                "both should be 0",
+                "both should be 0, but for rounding (bf16, several pairs a pass)",
                 file=sys.stderr,
             )
         return metrics

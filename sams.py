@@ -27,7 +27,7 @@ Differs from the paper, or is not specified by it (ours unless said):
  2. The form of L~, the mean of rho, a, b, gamma and explore are the released code's. Its flipped
     sign of rho, second sigmoid and broadcasting regression target are not copied.
  3. --fit selected: the K picked get rewards (Algorithm 1, lines 6-13); all: all n, as in App. F.4.
- 4. The selector has the paper's sizes (App. D.1, F.2), that is 5.8e8 weights: 8.7 GiB a rank. ReLU
+ 4. The selector has the paper's sizes (App. D.1, F.2), that is 5.9e8 weights: 8.8 GiB a rank. ReLU
     is ours. Pool: 40 000 rounds, 32 drawn (App. F.4), for at most four Adam steps (ours).
  5. App. F.3: the encoder learns beforehand, and is then frozen. In the paper this is during the SFT
     or, for on-policy pairs, with a frozen policy: here always so, on the contexts of the pairs, and
@@ -45,7 +45,7 @@ Shapes: n pairs of a batch, K selected, B of a micro-batch (S = 2B), T length, L
 of the encoder. A context is [L, width], where width is D, or 2D with `both`.
 
     python sams.py                                     # laptop: the toy world, 20 % labels flipped
-    python sams.py --preset paper --limit 2000         # one GPU, a part of the data
+    python sams.py --preset paper --limit 2000         # one GPU of 140 GiB, a part of the data
     torchrun --nproc_per_node 8 sams.py                # the paper's chat setting; --preset hh: HH
 """
 
@@ -1109,12 +1109,15 @@ def reference_logps(c, model: Model, pairs: list[Pair]) -> Tensor:
     """log pi_ref [n, 2] of the pairs, in a file in the folder --reference, which runs share.
 
     The file is named after the model and its weights, the token ids of prompts and answers (so data
-    and template too), and how the weights are cast: where one of these changes, another is made.
+    and template too), how the weights are cast, and in bf16 the pairs of a pass: where one of these
+    changes, another is made.
     """
     ids = [job.seed_of(tuple(pair[:3])) for pair in pairs]
     cast = c.dtype
+    if c.dtype == "bfloat16":
+        cast += f", {c.micro_batch} pairs a pass"  # a log-prob depends on its batch's shape
     if c.dtype == "bfloat16" and dist.is_initialized() and c.parallel in ("fsdp", "hsdp"):
-        cast = "bfloat16 by FSDP"  # which casts norms, too: nats apart from autocast
+        cast += ", by FSDP"  # which casts norms, too: nats apart from autocast
     if c.compile:
         cast += ", compiled"  # which rounds less often
     key = job.seed_of(model.path, common.weights_stamp(model.path), cast, *ids)

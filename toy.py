@@ -338,6 +338,11 @@ def make_words(folder: Path, path: str, seed: int, count: int):
         return
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     job.hold(unfinished / "lock", unfinished)
+    begun = unfinished / "world.json"
+    if begun.exists():
+        check_stamp(unfinished, stamp)
+    else:
+        job.write_atomic(begun, json.dumps(stamp))
     tok, _ = load_tokenizer(path)
 
     rng = random.Random(job.seed_of("words", seed))
@@ -356,7 +361,6 @@ def make_words(folder: Path, path: str, seed: int, count: int):
     train_smaller(unfinished / "smaller", path, tok, train, device)
 
     job.stop_if_asked()
-    job.write_atomic(unfinished / "world.json", json.dumps(stamp))
     (unfinished / "lock").unlink()
     os.replace(unfinished, folder)
 

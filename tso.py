@@ -44,7 +44,7 @@ Differs from the paper, or is not specified by it (ours unless said):
     the candidates of a prompt.
 
     python tso.py                                      # laptop: the toy world, minutes
-    python tso.py --preset paper --limit 2000          # one GPU, a part of the paper's data
+    python tso.py --preset paper --limit 2000          # one GPU of 180 GiB, a part of the data
     torchrun --nproc_per_node 8 tso.py                 # a run of the paper's size
 
 Shapes: B pairs of a micro-batch, T length.
@@ -270,7 +270,7 @@ class Config:
             job.check_out(Path(self.export_pairs).parent, "--export_pairs")
 
 
-# Of the method, older, n_scores, lr and epochs differ from the paper preset.
+# Of the method, older, smaller, n_scores, lr, batch and epochs differ from the paper preset.
 TOY = {
     "model": "runs/toy/sft",
     "older": ["runs/toy/sft-early"],

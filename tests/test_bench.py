@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import shutil
 import time
 import weakref
 
@@ -192,13 +193,20 @@ def test_a_sweep_over_ranks_measures_each_setting_by_itself(monkeypatch, world, 
 def test_sampling_counts_tokens_and_what_was_decoded_for_them(monkeypatch, world, tmp_path):
     """A row's tokens are its answers', ends included; a batch is decoded until its last one ends.
 
-    generate's batches are in the file's order, ours go by the prompts' length.
+    generate's batches are in the file's order, ours go by the prompts' length; both draw from the
+    model's own distribution. The tokenizer needs no padding token.
     """
+    shutil.copytree(world / "sft", tmp_path / "model")
+    tok = toy.tokenizer()
+    tok.pad_token = None
+    tok.save_pretrained(tmp_path / "model")
     answers = []  # of each batch: the ids of each answer, and of what was decoded behind its end
     prompts = []  # of each batch: their lengths
     generate = LlamaForCausalLM.generate
 
     def note(lm, **how):
+        own = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 9}
+        assert {name: how[name] for name in own} == own
         sequences = generate(lm, **how)
         width = how["input_ids"].shape[1]
         answers.append(sequences[:, width:].tolist())
@@ -206,20 +214,24 @@ def test_sampling_counts_tokens_and_what_was_decoded_for_them(monkeypatch, world
         return sequences
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", note)
-    of_model = ["--model", world / "sft", "--data", world / "train.jsonl", "--dtype", "float32"]
-    how = ["--sample", 10, "--sample_batch", 4, "--max_response", 9, "--repeats", 1]
-    run(monkeypatch, bench, *of_model, *how, "--out", tmp_path / "bench.json")
+    of_model = ["--model", tmp_path / "model", "--data", world / "train.jsonl", "--max_prompt", 12]
+    how = ["--sample", 14, "--sample_batch", 4, "--max_response", 9, "--repeats", 2]
+    run(monkeypatch, bench, *of_model, *how, "--dtype", "float32", "--out", tmp_path / "b.json")
 
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["prompts"] == 10
-    rows, _ = datafiles.load_rows(str(world / "train.jsonl"), "prompt", 10)
-    lengths = [len(common.prompt_ids(toy.tokenizer(), row["prompt"])) for row in rows]
+    found = json.loads((tmp_path / "b.json").read_text())
+    rows, _ = datafiles.load_rows(str(world / "train.jsonl"), "prompt", 14)
+    lengths = [len(common.prompt_ids(tok, row["prompt"])) for row in rows]
+    assert max(lengths) > 12
+    lengths = [length for length in lengths if length <= 12]
+    assert 8 < len(lengths) == found["prompts"] <= 12
     assert lengths != sorted(lengths)
-    assert sum(prompts[:3], []) == lengths
-    assert sum(prompts[3:], []) == sorted(lengths)
+    assert prompts[:2] == [lengths[:1], lengths[:1]]  # the warm-up
+    for repeat in (2, 8):
+        assert sum(prompts[repeat : repeat + 3], []) == lengths
+        assert sum(prompts[repeat + 3 : repeat + 6], []) == sorted(lengths)
 
     eos = 2
-    for row, batches in (("generate", answers[:3]), ("ours", answers[3:])):
+    for row, batches in (("generate", answers[2:5]), ("ours", answers[5:8])):
         tokens, decoded = 0, 0
         for batch in batches:
             sizes = [(answer + [eos]).index(eos) + (eos in answer) for answer in batch]
@@ -236,6 +248,8 @@ def test_sampling_counts_tokens_and_what_was_decoded_for_them(monkeypatch, world
     "flags, line",
     [
         (["--sample", "4", "--vs", "trl"], "--sample goes with a --model and one process"),
+        (["--sample", "0"], "--sample must be above 0"),
+        (["--repeats", "0"], "--repeats must be above 0"),
         (["--rows", "dqo"], "dqo: no such row"),
         (["--sweep", "width"], "width: no such row or sweep"),
         (["--ranks", "2"], "several ranks need"),

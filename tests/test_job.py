@@ -445,7 +445,8 @@ def test_a_policy_that_is_not_its_reference_is_warned_of_before_the_first_step(
     training.go(reward=reward)
     assert capsys.readouterr().err == (
         "warning: before the first step the policy differs from its reference "
-        f"by a reward of {reward:+.4f}, in absolute value {abs(reward):.4f}; both should be 0\n"
+        f"by a reward of {reward:+.4f}, in absolute value {abs(reward):.4f}; "
+        "both should be 0, but for rounding (bf16, several pairs a pass)\n"
     )
     assert len(training.made) == 6
 

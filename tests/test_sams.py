@@ -1438,7 +1438,10 @@ def test_log_probs_that_are_no_numbers_are_not_kept(monkeypatch, seven, tmp_path
 
 
 def test_the_shared_log_probs_are_named_after_all_that_they_depend_on(monkeypatch, seven, tmp_path):
-    """How the weights are cast, which FSDP does in its own way, and files of torch's own format."""
+    """How the weights are cast, which FSDP does in its own way, and files of torch's own format.
+
+    In bf16 the pairs of a pass are among it.
+    """
     c, model, pairs = seven
     names = []
 
@@ -1461,6 +1464,13 @@ def test_the_shared_log_probs_are_named_after_all_that_they_depend_on(monkeypatc
     (folder / "pytorch_model.bin").write_bytes(b"other weights")
     sams.reference_logps(half, model, pairs)
     assert names[4] not in names[:4]
+
+    one = dataclasses.replace(half, micro_batch=1)
+    sams.reference_logps(one, model, pairs)  # in bf16 a log-prob depends on its batch's shape
+    assert names[5] not in names[:5]
+    sams.reference_logps(dataclasses.replace(one, dtype="float32"), model, pairs)
+    sams.reference_logps(dataclasses.replace(half, dtype="float32"), model, pairs)
+    assert names[6] == names[7]
 
 
 def test_a_scoring_that_is_asked_to_stop_ends_after_a_batch_and_goes_on(

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_a_world_of_words_is_its_seed_s(world: Path, tmp_path: Path):
     """The same seed makes the same files, in one go or in two; another one, other prompts.
 
     The model is the world of letters' own, so that no real one is needed. What was done before a
-    kill is kept: here all answers but those of the last batch.
+    kill is kept: here all answers. A start with another seed does not go on with them.
     """
     said = make_world(tmp_path / "one", world / "sft", seed=0)
     one = files_of(tmp_path / "one")
@@ -157,6 +158,11 @@ def test_a_world_of_words_is_its_seed_s(world: Path, tmp_path: Path):
     unfinished = tmp_path / "two.unfinished"
     unfinished.mkdir()
     (unfinished / "answers.jsonl").write_bytes(one["answers.jsonl"])
+    shutil.copy(tmp_path / "one" / "world.json", unfinished)
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        make_world(tmp_path / "two", world / "sft", seed=1)
+    assert refused.value.returncode == 2
+    assert "two.unfinished is there but is not this toy world" in refused.value.stderr
     make_world(tmp_path / "two", world / "sft", seed=0)
     assert files_of(tmp_path / "two") == one
     assert not unfinished.exists()
