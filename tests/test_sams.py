@@ -991,8 +991,11 @@ def test_two_ranks_select_and_learn_what_one_does(plain, flags, tmp_path):
         two = metrics(tmp_path / way)
         for a, b in zip(one, two, strict=True):
             assert b["selected/indices"] == a["selected/indices"]
-            expected = pytest.approx(without(a, *not_close), rel=2e-3, abs=2e-4)
-            assert without(b, *not_close) == expected
+            left_out = list(not_close)
+            if a["step"] == 1:
+                left_out.append("rewards/accuracies")  # signs of margins that are 0
+            expected = pytest.approx(without(a, *left_out), rel=2e-3, abs=2e-4)
+            assert without(b, *left_out) == expected
         found = weights(tmp_path / way / "checkpoint")
         assert_close(weights(plain / "checkpoint"), found, atol=2e-4)
 
