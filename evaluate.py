@@ -874,6 +874,7 @@ def compare_runs(c: Config):
 
     rows = []
     for task, kinds in figures.by_task(figures.group_runs(runs)).items():
+        # group_runs has put the runs with the most flags first; the user has named a baseline
         kinds = sorted(kinds, key=lambda kind: min(map(runs.index, kind.runs)))
         found = {kind.name: {run.seed: outcomes_of(run) for run in kind.runs} for kind in kinds}
         first = found[kinds[0].name]

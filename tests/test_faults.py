@@ -357,7 +357,7 @@ def test_a_disk_that_is_really_full(monkeypatch, plain, flags, tmp_path, size, f
     folder = tmp_path / "disk"
     folder.mkdir()
     if not mounted(folder, size):
-        pytest.skip("no file system may be mounted here")
+        pytest.skip("only root may mount a file system; run as root, as in a container")
     every = 2 if file == "state.pt" else 100
     try:
         with pytest.raises(SystemExit) as stop:
