@@ -33,7 +33,6 @@ attention, no credit for recomputing or for scoring.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import multiprocessing
@@ -93,7 +92,6 @@ SWEEPS = {
     "ranks": (1, 2, 4),
 }
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, from the data sheets
-LIBC = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -154,19 +152,6 @@ def compiled(lm):
         del layer.forward
 
 
-def keep_freed_blocks(keep: bool):
-    """Tells glibc whether freed blocks stay with the process or go back to the system at once.
-
-    Staying is what a caching allocator does. When they go back, the resident set is what is in use.
-    """
-    if not LIBC:
-        return
-    threshold = 2**30 if keep else 2**16
-    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        LIBC.mallopt(option, threshold)
-    LIBC.malloc_trim(0)
-
-
 def clear_gradients(modules: list[nn.Module]):
     for module in modules:
         module.zero_grad(set_to_none=True)
@@ -184,10 +169,10 @@ def peak(step: Callable, modules: list[nn.Module], device) -> float | None:
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if not LIBC:
+    if not job.LIBC:
         return None
 
-    LIBC.malloc_trim(0)
+    job.LIBC.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is again what is resident now
     before = resident_kib("VmRSS")
     step()
@@ -528,7 +513,7 @@ def measure(c, rank: int = 0, meeting: str = "") -> dict:
     """
     device = enter(c, rank, meeting)
     common.CHUNK = c.chunk
-    keep_freed_blocks(False)
+    job.keep_freed_blocks(False)
     loaded = load(c, device)
     steps, modules = make_steps(c, loaded, device)
 
@@ -537,7 +522,7 @@ def measure(c, rank: int = 0, meeting: str = "") -> dict:
     for row, step in job.progress(steps.items(), "memory"):
         memory[row] = peak(step, modules, device)
 
-    keep_freed_blocks(True)
+    job.keep_freed_blocks(True)
     for step in job.progress(steps.values(), "warm up"):
         step()
     times = {row: [] for row in steps}
@@ -661,7 +646,7 @@ def apart(c) -> dict:
 def measure_sampling(c) -> dict:
     """Measures generate() and ours on the same prompts. Returns what is written to --out."""
     device = enter(c)
-    keep_freed_blocks(True)
+    job.keep_freed_blocks(True)
     tok, config = common.load_tokenizer(c.model)
     rows, _ = datafiles.load_rows(c.data, "prompt", c.sample)
     room = common.context_of(config) - c.max_response

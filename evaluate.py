@@ -278,9 +278,7 @@ class Config:
 
     @property
     def device(self) -> torch.device:
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("cpu")
+        return job.own_device()
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -202,9 +202,7 @@ def setup() -> torch.device:
     if "RANK" in os.environ:
         # there are only barriers, and a slow rank is waited for
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=2))
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    return job.own_device()
 
 
 def main():

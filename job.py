@@ -7,6 +7,7 @@ sections, from the top:
 
     messages and seeds       die, seed_of, a console that may be closed
     ranks                    rank, world_size, on_rank_0, barrier, sum_ranks, and what FSDP needs
+    devices                  a GPU for each rank, or the CPU and its heap
     being asked to stop      SIGTERM
     files                    written whole or not at all, read whole or not at all
     locks                    one program at a time
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import errno
@@ -232,6 +234,33 @@ def fill(module: nn.Module, full: nn.Module | None, device) -> nn.Module:
         dist.broadcast(value, 0)
         buffer.copy_(value)
     return module
+
+
+# ------------------------------------------------------------------------- devices
+
+LIBC = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
+
+
+def own_device() -> torch.device:
+    """This rank's GPU, or the CPU if there is none; its freed blocks then stay with the process."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    keep_freed_blocks()
+    return torch.device("cpu")
+
+
+def keep_freed_blocks(keep: bool = True):
+    """Tells glibc whether freed blocks stay with the process or go back to the system at once.
+
+    Staying is what a GPU's caching allocator does. By default glibc gives blocks of more than 32
+    MiB back, as those of logits are, and each new one is filled with zeros, page by page. When all
+    go back, the resident set is what is in use.
+    """
+    if not LIBC:
+        return
+    threshold = 2**30 if keep else 2**16
+    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        LIBC.mallopt(option, threshold)
 
 
 # ------------------------------------------------------------------------- being asked to stop

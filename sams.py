@@ -1495,19 +1495,17 @@ def setup(c) -> torch.device:
 
     Makes the toy world if a flag names a part of it and it is missing.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = job.own_device()
     if "RANK" in os.environ:
         if c.parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
             job.die(
                 "--parallel none trains on one process: "
                 "start it without torchrun, or use --parallel ddp or fsdp"
             )
-        if cuda:
+        if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo", **job.torchrun_store())
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, **job.torchrun_store())
     job.stop_on_sigterm()
 
     world = job.world_size()

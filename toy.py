@@ -354,7 +354,7 @@ def make_words(folder: Path, path: str, seed: int, count: int):
         message = {"role": "user", "content": prompt}
         rows.append({"id": f"words-{i}", "prompt": [message]})
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = job.own_device()
     model = Model(path, tok, device, torch.float32)
     answers = generate(unfinished / "answers.jsonl", rows, model, HOW, seed, n=BEST_OF)
     train = write_answered(unfinished, rows, answers, rng)

@@ -40,7 +40,7 @@ def test_peak_is_the_growth_over_what_was_there():
     mib = 2**18  # numbers in fp32
     module = torch.nn.Linear(1, 1)
     kept = torch.ones(32 * mib)
-    bench.keep_freed_blocks(False)
+    job.keep_freed_blocks(False)
 
     def step():
         a = torch.ones(64 * mib)
@@ -48,7 +48,7 @@ def test_peak_is_the_growth_over_what_was_there():
         del a
         return b, torch.ones(16 * mib)
 
-    expected = pytest.approx(96, abs=8) if bench.LIBC else None
+    expected = pytest.approx(96, abs=8) if job.LIBC else None
     assert bench.peak(step, [module], CPU) == expected
     assert kept[0] == 1
     assert 0.05 <= bench.seconds(lambda: time.sleep(0.05), [module], CPU) < 0.5
@@ -186,7 +186,7 @@ def test_a_sweep_over_ranks_measures_each_setting_by_itself(monkeypatch, world, 
         one = found["1"][row]
         two = found["2"][row]
         assert two["seconds"] > 0
-        if bench.LIBC:
+        if job.LIBC:
             assert 0.4 * one["peak_mib"] < two["peak_mib"] < 0.7 * one["peak_mib"]
 
 

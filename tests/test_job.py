@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -110,6 +111,23 @@ def killed(folder, dies_in, **more) -> Training:
     with pytest.raises(Died):
         training.go(dies_in=dies_in)
     return training
+
+
+@pytest.mark.skipif(not job.LIBC, reason="glibc is asked")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the heap of a CPU's process")
+def test_on_a_cpu_a_freed_block_is_used_again_without_new_pages():
+    job.keep_freed_blocks(False)
+    given_back = new_pages_of_64_mib()
+    assert job.own_device() == torch.device("cpu")
+    new_pages_of_64_mib()
+    assert new_pages_of_64_mib() < given_back / 10
+
+
+def new_pages_of_64_mib() -> int:
+    """How many pages the system has to hand out for numbers of 64 MiB, which are then freed."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 # ---------------------------------------------------------------- resume
