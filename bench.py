@@ -5,7 +5,7 @@ beside a floor and (--vs trl) TRL's DPOTrainer.
     python bench.py --model DIR --data pairs.jsonl --vs trl   # pip install trl
     python bench.py --shape 1b --length 1024        # random weights and pairs: nothing to download
     python bench.py --model DIR --ranks 2 --rows dpo dpo+ac sams    # over two processes, under FSDP
-    python bench.py --rows dpo sams --sweep length pairs chunk ranks    # how cost grows
+    python bench.py --model DIR --rows dpo sams --sweep length pairs chunk ranks    # how cost grows
     python bench.py --model DIR --data prompts.jsonl --sample 256    # sampling, beside generate()
 
 floor    the backbone forward and backward on the same real tokens: no padding, no head, no loss

@@ -437,6 +437,16 @@ def side_ids(tok, row: dict, side: str, max_response: int) -> list[int]:
     return response_ids(tok, row[side], ended, max_response, sampled)
 
 
+def given_answer(row: dict, side: str, score: float | None = None) -> Answer:
+    """The answer that a row of the data gives: its "response" or "rejected", cut or whole.
+
+    In a row of a pair the response is the chosen one.
+    """
+    mark = "rejected_ended" if side == "rejected" else "chosen_ended"
+    meta = row["meta"]
+    return Answer(row[side], meta.get(mark, True), score, meta.get("sampled_ids", ()))
+
+
 def sampled_ids(chosen: Answer, rejected: Answer) -> dict[str, list[list[int]]]:
     """What a preference row's meta says of the ids that its sides were sampled as."""
     ids = [*chosen.sampled_ids, *rejected.sampled_ids]

@@ -11,7 +11,7 @@ blanks around the turns of HH-RLHF's dialogues):
     "rejected"  the worse one
     "meta"      a dict of whatever else is known
 
-The columns in which raw rows are understood are listed in SHAPES. The rows may be in a .jsonl,
+The shapes in which raw rows are understood are described in SHAPES. The rows may be in a .jsonl,
 .json or .parquet file, in a data set folder, or in a data set on the Hub; .jsonl.gz and the like
 are read as they come.
 

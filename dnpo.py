@@ -172,7 +172,7 @@ class NoiseHead(nn.Linear):
     """
 
     def __init__(self, width: int, vocabulary: int, init: str, seed: int):
-        with torch.random.fork_rng(devices=[]):  # nobody else's random numbers change
+        with torch.random.fork_rng(devices=[]):  # no other random number of the CPU changes
             torch.manual_seed(seed)
             super().__init__(width, vocabulary)
         if init != "linear":
@@ -517,7 +517,7 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
         pairs = []
         for i, annotated_score, generated_score in zip(items, annotated_scores, generated_scores):
             ended = answers[i]["meta"]["finish"] == "stop"
-            annotated = Answer(rows[i]["response"], True, annotated_score)
+            annotated = common.given_answer(rows[i], "response", annotated_score)
             ids = answers[i]["meta"].get("sampled_ids", ())
             generated = Answer(answers[i]["response"], ended, generated_score, ids)
             pairs.append(preference_row(c, at, rows[i], annotated, generated, i in flipped))
@@ -533,7 +533,7 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
             at.number,
             c.ties,
             at.dsl,
-            c.judge,
+            judge and judge.key,
             sorted(flipped),
             common.texts(rows),
             common.texts(answers),
@@ -921,6 +921,7 @@ def show_plan(c, tok, rows: list[dict], test_rows: list[dict], dropped: Counter,
         + job.left_out_note(dropped)
     )
     steps = len(step_order(len(rows), c)) * (1 + c.mix_previous)
+    steps = min(steps, c.max_steps or steps)
     print(job.batch_note(c, f"at most {steps} steps an iteration", device))
 
     lm = lm_shapes(c.model)

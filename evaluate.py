@@ -17,7 +17,7 @@ Under torchrun all ranks sample, score and judge. Whatever a model or a judge ha
 --out, named after all that it depends on (model, data, flags): nothing is asked twice, a killed run
 goes on when it is started again, and models that are compared often are sampled once.
 Intervals are percentile bootstraps that draw prompts, not rows: the pairs of one prompt are no
-independent evidence.
+independent evidence. (Those of --compare draw rows.)
 """
 
 from __future__ import annotations
@@ -230,7 +230,8 @@ class Config:
     questions: str | None = None  # their questions: alpaca_eval.json or question.jsonl
     name: str | None = None  # what the model is called in the exported file (default: its path)
 
-    # -- finished runs, as for --figures: what their last models are worth on the held-out rows
+    # -- finished runs
+    # their folders, as for --figures: what their last models are worth on the held-out rows
     compare: list[str] = field(default_factory=list)
 
     # -- figures

@@ -41,8 +41,10 @@ Differs from the paper, or is not specified by it (ours unless said):
  8. Selective DPO is its authors', with full weights for LoRA and the policy's own training recipe.
 
 As released: --select sample --fit all --margin_weight 0.5 --uncertainty_weight 0.5
-Shapes: n pairs of a batch, K selected, B of a micro-batch (S = 2B), T length, L layers, D width, E
-of the encoder. A context is [L, width], where width is D, or 2D with `both`.
+--selector_pooling 16 (and, in its published run, --explore 0.01)
+Shapes: n pairs of a batch, K selected, P with rewards (K, or n with --fit all), B of a micro-batch
+(S = 2B), T length, L layers, D width, E of the encoder. A context is [L, width], where width is D,
+or 2D with `both`.
 
     python sams.py                                     # laptop: the toy world, 20 % labels flipped
     python sams.py --preset paper --limit 2000         # one GPU of 140 GiB, a part of the data
@@ -198,14 +200,14 @@ def selector_loss(f1: Tensor, f2: Tensor, reward: Tensor) -> Tensor:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's: the correlation of the ranks, 0 where one of them is constant. [K], [K] -> []."""
+    """Spearman's: the correlation of the ranks, 0 where one of them is constant. [P], [P] -> []."""
     a, b = centred_ranks(a), centred_ranks(b)
     norms = a.norm() * b.norm()
     return (a @ b / norms).item() if norms > 0 else 0.0
 
 
 def centred_ranks(x: Tensor) -> Tensor:
-    """Twice the values' ranks less their mean; equal values share a rank. [K] -> [K].
+    """Twice the values' ranks less their mean; equal values share a rank. [P] -> [P].
 
     A factor does not change a correlation.
     """
@@ -417,7 +419,7 @@ class Bandit:
     """
 
     def __init__(self, width: int, c, device):
-        with torch.random.fork_rng(devices=[]):  # nobody else's random numbers change
+        with torch.random.fork_rng(devices=[]):  # no other random number of the CPU changes
             torch.manual_seed(job.seed_of(c.seed, "selector"))
             self.selector = Selector(width, c).to(device)
         self.optimizer = torch.optim.Adam(self.selector.parameters(), lr=c.selector_lr)
@@ -464,7 +466,7 @@ class Bandit:
         features = self.features(contexts)
         with torch.no_grad():
             f1, f2 = self.values(features)
-            scores = f1 + self.c.explore * f2
+            scores = f1 + self.c.explore * f2  # f_S + lambda f_S'
         if dist.is_initialized():
             dist.broadcast(scores, 0)  # rank 0 decides: other hardware may round differently
         places = top_k(scores, k, seed)
@@ -773,8 +775,10 @@ def pretrain(c, data: Data, start: Model, folder: Path) -> dict[str, Tensor]:
     """App. F.3: the weights of a trained encoder, from folder/encoder.pt, which is made if missing.
 
     The policy is frozen. Rounds, rewards and fits are those of the training, with the SFT loss on
-    the chosen answers in the place of DPO's, and minus this loss in the place of the margin. As
-    nothing is trained in between, rho only says how the next batch differs.
+    the chosen answers in the place of DPO's, and minus this loss in the place of the margin. The
+    loss is a mean over tokens and the uncertainty's log-prob a sum (ours: with two means kappa
+    would be constant), so that kappa says much of how long y_w is. As nothing is trained in
+    between, rho only says how the next batch differs.
     """
     file, device = folder / "encoder.pt", start.device
     if not file.exists():

@@ -9,7 +9,7 @@ they came. The judge is exact: 10 x the share of positions that are right. What 
 user of the methods would bring, and they can't tell the difference: Hugging Face checkpoints `sft`
 (trained on annotators' answers, lazy ones included), `sft-early` (the same run at 60 %),
 `sft-small` (a smaller model, trained half as long), `train.jsonl` and `test.jsonl` (annotated
-prompts that none of the models has seen), `pairs.jsonl` (preference pairs).
+prompts, hardly any of which a model has seen), `pairs.jsonl` (preference pairs).
 
 In the world of words (words.py: its prompts and its judge) the annotators are the model itself:
 the best of its 8 answers by the judge, or, in 30 % of cases, any of them. The best and the worst

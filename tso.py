@@ -7,8 +7,8 @@ reward model is trained. For every slice of the prompts:
                model, the latest and largest, are positives; those of older versions and of smaller
                models are negatives. Human answers join: preferred ones as positives, rejected ones
                as negatives.
-  validity     Feedback corrects every pair (y_w, y_l): a judge that is asked in both orders, or a
-               person, says keep, swap or drop.
+  validity     Feedback corrects every pair (y_w, y_l): a judge (a language model is asked in both
+               orders) or a person says keep, swap or drop.
   adaptivity   The policy is trained on the slice's pairs, with the current policy as reference and
                with the loss below. Then the reference is the new policy, which samples the next
                slice's candidates. All slices are gone through N times.
@@ -32,11 +32,12 @@ Differs from the paper, or is not specified by it (ours unless said):
     Bounded-DPO (2506.12725) and APO-zero (2408.06266), which docs/forking.md puts in.
  2. The paper's models are not public either: the paper preset takes one public family in two sizes.
     It names no older version, so that with one round its matrix has scales only: give --older, or
-    --rounds 2 or more. Its "human" answers are UltraFeedback's, which models have written.
- 3. The pairs of a prompt are spread evenly over the cells of the matrix (positive cell x negative
-    cell), and identical texts are left out. `--negatives current` pairs the policy with itself,
-    which only makes sense with correction.
- 4. From the second round on, the policies at the end of earlier rounds are older versions too.
+    more rounds. Its "human" answers are UltraFeedback's, which models have written.
+ 3. The pairs of a prompt are spread evenly over the crossings of the matrix (positive cell x
+    negative cell; `cell` in the files), and identical texts are left out. `--negatives current`
+    pairs the policy with itself, which only makes sense with correction.
+ 4. The policies at the end of earlier rounds are older versions too, but for the current one: in
+    effect from the second slice of round 2 on, or, with one slice, from round 3 on.
  5. The judge's prompts stand in common.py. A verdict that changes with the order is a tie; ties and
     unreadable verdicts drop the pair. A person's verdict (`--verdicts`) outranks the judge's.
  6. Every slice has a fresh optimizer and learning-rate curve.
@@ -348,7 +349,7 @@ def main():
             train(c, at, encoded, policy)
         policy = policy.with_weights(job.finish(at.folder))
         if at.part == c.slices:
-            round_ends.append(policy.path)  # it is an older version from the next slice on
+            round_ends.append(policy.path)  # an older version once it is no longer the policy
 
         result = training_summary(out, at, pairs, encoded, left_out)
         result.update(prompts_without_pair=without, diversity=diversity(candidates, policy))
@@ -410,9 +411,9 @@ def sample_matrix(c, at: Slice, policy: Model, older: list[str], sampling: Sampl
     # people's answers
     for i, row in enumerate(at.rows):
         if "human" in c.positives and row.get("response"):
-            positives["human"][i].append(Answer(row["response"], ended=True))
+            positives["human"][i].append(common.given_answer(row, "response"))
         if row.get("rejected"):  # read only if human negatives are asked for
-            negatives["human"][i].append(Answer(row["rejected"], ended=True))
+            negatives["human"][i].append(common.given_answer(row, "rejected"))
     return Candidates(without_empty_cells(positives), without_empty_cells(negatives))
 
 
@@ -444,9 +445,9 @@ def without_empty_cells(cells: dict[str, list[list[Answer]]]) -> dict[str, list[
 def make_pairs(c, at: Slice, candidates: Candidates) -> tuple[list[dict], int]:
     """Pairs of different texts, up to pairs_per_prompt a row, evenly over the crossings.
 
-    A crossing is a positive cell with a negative cell. The crossings take turns, and each row goes
-    on where the row before it stopped. Returns pairs with the ids SLICE/ROW/NUMBER and with their
-    crossing in meta.cell, and how many prompts gave none.
+    A crossing is a positive cell with a negative cell. The crossings take turns, through all rows;
+    one that has no pair left gives its turn to the next. Returns pairs with the ids
+    SLICE/ROW/NUMBER and with their crossing in meta.cell, and how many prompts gave none.
     """
     crossings = list(itertools.product(candidates.positives, candidates.negatives))
     pairs, without = [], 0
@@ -576,7 +577,7 @@ def judge_pairs(c, at: Slice, pairs: list[dict], judge) -> list[dict]:
         list(range(len(pairs))),
         work,
         c.sample_batch,
-        settings=[c.correct, c.judge, texts],
+        settings=[c.correct, judge and judge.key, texts],
         note=f"{at.name}: correct",
         ids=[pair["id"] for pair in pairs],
     )
@@ -610,8 +611,12 @@ def correct_pairs(
             f"slice {at.name}: {len(silent)} pairs have no verdict, {silent[0]} the first: "
             "add them to --verdicts, or name a --judge"
         )
-    text = job.json_lines(apply_verdicts(made, judged, people, at.name))
+    judge = "judge" if c.correct and c.judge != "none" else None
+    text = job.json_lines(apply_verdicts(made, judged, people, at.name, judge))
     file = at.folder / "pairs.jsonl"
+    checkpoint = at.folder / "checkpoint"
+    if at.trained and not file.exists():
+        job.die(f"{file} is missing: delete {checkpoint}, and the slice is trained again")
 
     # a training that has begun goes on with the pairs that it was begun with
     state = at.folder / "state.pt"
@@ -624,15 +629,21 @@ def correct_pairs(
     if job.on_rank_0() and not at.trained:
         job.write_atomic(file, text)
     job.barrier()
-    return job.read_jsonl(file)
+    advice = f"delete it and {checkpoint}, and the slice is trained again"
+    return job.read_jsonl(file, advice=advice)
 
 
 def apply_verdicts(
-    pairs: list[dict], judged: list[dict], people: dict[str, str], where: str
+    pairs: list[dict],
+    judged: list[dict],
+    people: dict[str, str],
+    where: str,
+    judge: str | None = "judge",
 ) -> list[dict]:
     """Pairs with meta.verdict; where that is swap, their sides are exchanged.
 
-    A person's verdict outranks the judge's. where: the slice's name, with which the ids begin.
+    A person's verdict outranks the judge's; meta.by says whose it is. judge: without one, nobody
+    has judged the others. where: the slice's name, with which the ids begin.
     """
     ids = {pair["id"] for pair in pairs}
     unknown = [name for name in people if name.split("/")[0] == where and name not in ids]
@@ -646,7 +657,7 @@ def apply_verdicts(
         meta = {
             **pair["meta"],
             "verdict": people[pair["id"]] if by_person else by_judge["verdict"],
-            "by": "person" if by_person else "judge",
+            "by": "person" if by_person else judge,
             "unreadable": by_judge["unreadable"] and not by_person,
         }
         pair = {**pair, "meta": meta}
@@ -895,7 +906,7 @@ def measure(c, at: Slice, model: Model, rows: list[dict], sampling: Sampling, ju
 def against_start(folder: Path, start: Path, judge, size: int, note: str) -> dict[str, float]:
     """The shares of held-out answers that win, tie and lose against the start model's.
 
-    The judge is asked in both orders; its verdicts are in folder/against.jsonl.
+    A language model is asked in both orders; the verdicts are in folder/against.jsonl.
     """
     new = job.read_jsonl(folder / "answers.jsonl")
     old = job.read_jsonl(start / "answers.jsonl")
@@ -914,7 +925,7 @@ def against_start(folder: Path, start: Path, judge, size: int, note: str) -> dic
         list(range(len(new))),
         work,
         size,
-        settings=[judge.spec, texts],
+        settings=[judge.key, texts],
         note=f"{note}against the start",
         ids=[row["id"] for row in new],
     )
@@ -960,7 +971,7 @@ def score_spread(c, at: Slice, rows: list[dict], model: Model, sampling: Samplin
         list(range(len(rows))),
         work,
         c.sample_batch,
-        settings=[judge.spec, n, common.texts(drawn)],
+        settings=[judge.key, n, common.texts(drawn)],
         note=f"{at.name}: score {n} each",
         ids=[row["id"] for row in rows],
     )
@@ -1014,7 +1025,10 @@ def training_summary(
 def show_plan(c, tok, parts, test_rows: list[dict], dropped: Counter, device):
     """The header: what will be done with what, and one example with its loss mask."""
     plural = "s" if c.rounds > 1 else ""
-    correction_by = f"by {c.judge}" if c.correct else "off"
+    correctors = ["people"] if c.verdicts else []
+    if c.correct and c.judge != "none":
+        correctors.append(c.judge)
+    correction_by = f"by {' and '.join(correctors)}" if correctors else "off"
     print(
         f"TSO · {job.preset_note(c)} · {c.rounds} round{plural} x {c.slices} slices"
         f" · positives {', '.join(c.positives)} · negatives {', '.join(c.negatives)}"

@@ -793,24 +793,43 @@ def said(texts: str) -> list[dict]:
 def test_judging_goes_on_only_with_the_texts_that_it_was_begun_with(
     monkeypatch, tmp_path, capsys, phase
 ):
-    """A killed labelling or measuring is refused other annotations, and other answers."""
+    """A killed labelling or measuring is refused other annotations, answers and judge's prompts."""
     c = dnpo.Config(judge="toy", sample_batch=2)
     at = dnpo.Iteration(2, True, True, tmp_path, "float32")
     sampling = common.Sampling(1.0, 8, 2)
 
-    def work(rows, answers):
+    def work(rows, answers, key="toy"):
         monkeypatch.setattr(common, "generate", lambda *args, **more: answers)
+        judge = dies_after(4)
+        judge.key = key
         if phase == "label":
-            dnpo.label(c, at, rows, answers, dies_after(4))
+            dnpo.label(c, at, rows, answers, judge)
         else:
-            common.held_out(tmp_path, rows, None, sampling, dies_after(4), seed=0)
+            common.held_out(tmp_path, rows, None, sampling, judge, seed=0)
 
     with pytest.raises(Killed):
         work(said("abcd"), said("efgh"))
-    for rows, answers in ((said("abcx"), said("efgh")), (said("abcd"), said("efgx"))):
+    others = [
+        (said("abcx"), said("efgh"), "toy"),
+        (said("abcd"), said("efgx"), "toy"),
+        (said("abcd"), said("efgh"), ["toy", "another prompt"]),
+    ]
+    for other in others:
         with pytest.raises(SystemExit):
-            work(rows, answers)
+            work(*other)
         assert "was begun with other settings" in capsys.readouterr().err
+
+
+def test_an_annotation_is_cut_or_whole_as_its_row_says(tmp_path):
+    """meta.chosen_ended of the data, and its sampled ids, go into the pair."""
+    rows = said("ab")
+    rows[0]["meta"] = {"chosen_ended": False, "sampled_ids": [[8, 7]]}
+    at = dnpo.Iteration(1, dsl=False, npo=False, folder=tmp_path, dtype="float32")
+    cut, whole = dnpo.label(dnpo.Config(sample_batch=2), at, rows, said("cd"), None)
+    assert cut["meta"]["chosen_ended"] is False
+    assert cut["meta"]["sampled_ids"] == [[8, 7]]
+    assert whole["meta"]["chosen_ended"] is True
+    assert "sampled_ids" not in whole["meta"]
 
 
 def labelled(name: str, why: str | None = None) -> dict:
@@ -1200,6 +1219,14 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(monkeypatch, flags, tmp_pat
     assert "no loss: '<bos><|user|>" in text
     assert "<eos>' (" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_counts_no_more_steps_than_max_steps(monkeypatch, flags, tmp_path, capsys):
+    """Mixing in the previous iteration's pairs doubles the steps, up to --max_steps."""
+    for most, steps in ((4, 4), (100, 6)):
+        more = flags(tmp_path / "run", mix_previous=True, max_steps=most)
+        run(monkeypatch, dnpo, *more, "--dry_run")
+        assert f"at most {steps} steps an iteration" in capsys.readouterr().out
 
 
 def test_the_limit_is_one_of_held_out_prompts_too(monkeypatch, flags, tmp_path, capsys):

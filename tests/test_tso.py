@@ -47,6 +47,7 @@ from tso import (
     judge_pairs,
     make_pairs,
     read_verdicts,
+    sample_matrix,
     similarity,
     skewness_kurtosis,
 )
@@ -917,6 +918,58 @@ def test_a_verdict_on_a_pair_that_is_not_there_ends_the_run(tmp_path, capsys):
     assert "'1.1/r/9/0'" in one_line(stop, capsys)
 
 
+def test_a_correction_goes_on_only_with_the_prompts_that_its_judge_was_asked_with(tmp_path, capsys):
+    """A judge whose prompts were edited after a kill is another one: the old verdicts are refused."""
+    at = slice_of(4, tmp_path)
+    made, _ = make_pairs(Config(), at, candidates(4))
+    asked = []
+
+    def dies_after_4(a, b):
+        asked.append(a)
+        if len(asked) > 4:
+            raise KeyboardInterrupt
+        return "A"
+
+    with pytest.raises(KeyboardInterrupt):
+        judge_pairs(Config(sample_batch=2), at, made, Fake(dies_after_4))
+    edited = Fake(always_first)
+    edited.key = ["fake", "another prompt"]
+    with pytest.raises(SystemExit) as stop:
+        judge_pairs(Config(sample_batch=2), at, made, edited)
+    assert "was begun with other settings" in one_line(stop, capsys)
+    assert len(judge_pairs(Config(sample_batch=2), at, made, Fake(always_first))) == 8
+
+
+def test_what_nobody_has_judged_says_so(tmp_path):
+    """Without a judge a pair is kept, and meta.by is a person or nobody."""
+    at = slice_of(4, tmp_path)
+    made, _ = make_pairs(Config(), at, candidates(4))
+    judged = judge_pairs(Config(), at, made, None)
+    people = {made[3]["id"]: "swap"}
+    after = apply_verdicts(made, judged, people, at.name, None)
+    assert [pair["meta"]["by"] for pair in after] == [None] * 3 + ["person"] + [None] * 4
+    assert [pair["meta"]["verdict"] for pair in after] == ["keep"] * 3 + ["swap"] + ["keep"] * 4
+
+
+def test_the_answers_of_the_data_are_cut_or_whole_as_their_row_says(tmp_path):
+    """A chosen side that was cut is no whole response, and ids that were sampled go with it."""
+    cut = {"chosen_ended": False, "sampled_ids": [[8, 7]]}
+    rows = []
+    for i, meta in enumerate([cut, {"rejected_ended": False}, {}]):
+        rows.append({"id": f"{i}", "prompt": user("p"), "response": "a", "rejected": "b"})
+        rows[-1]["meta"] = meta
+    at = Slice(1, 1, 1, rows, tmp_path)
+    c = Config(positives=["human"], negatives=["human"])
+    found = sample_matrix(c, at, None, [], None)
+    ids = [[8, 7]]
+    assert found.positives == {
+        "human": [[Answer("a", False, None, ids)], [Answer("a", True)], [Answer("a", True)]]
+    }
+    assert found.negatives == {
+        "human": [[Answer("b", True, None, ids)], [Answer("b", False)], [Answer("b", True)]]
+    }
+
+
 def test_the_ids_that_answers_were_sampled_as_go_with_their_pairs(tmp_path, monkeypatch):
     """From the file of answers to the pair, and through a swap; without any there is no entry."""
     drawn = []
@@ -1532,6 +1585,7 @@ def test_without_a_judge_a_person_judges_every_pair(monkeypatch, world, tmp_path
 
     write_lines(file, rows)
     run(monkeypatch, tso, *flags, "--out", b, "--verdicts", file, "--resume")
+    assert " · correction by people · " in capsys.readouterr().out
     last = results(b)["slices"][1]
     assert last["score"] is None
     assert "win" not in last
@@ -1551,6 +1605,19 @@ def test_a_trained_slice_keeps_the_verdicts_that_it_was_trained_on(monkeypatch, 
     run(monkeypatch, tso, *flags, "--resume", "--verdicts", file)
     assert (out / "round1-slice1/pairs.jsonl").read_text() == text
     assert results(out) == before
+
+
+def test_a_trained_slice_without_its_pairs_is_refused(monkeypatch, world, tmp_path, capsys):
+    """What it was trained on can't be made again: one line says what to delete."""
+    out = tmp_path / "run"
+    flags = tso_flags(world, ONE, out=out)
+    run(monkeypatch, tso, *flags)
+    folder = out / "round1-slice1"
+    (folder / "pairs.jsonl").unlink()
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, tso, *flags, "--resume")
+    err = one_line(stop, capsys)
+    assert f"{folder / 'pairs.jsonl'} is missing: delete {folder / 'checkpoint'}" in err
 
 
 def test_verdicts_may_not_change_while_a_slice_is_trained(monkeypatch, world, tmp_path, capsys):
