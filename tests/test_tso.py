@@ -919,7 +919,7 @@ def test_a_verdict_on_a_pair_that_is_not_there_ends_the_run(tmp_path, capsys):
 
 
 def test_a_correction_goes_on_only_with_the_prompts_that_its_judge_was_asked_with(tmp_path, capsys):
-    """A judge whose prompts were edited after a kill is another one: the old verdicts are refused."""
+    """A judge whose prompts were edited after a kill is another one: old verdicts are refused."""
     at = slice_of(4, tmp_path)
     made, _ = make_pairs(Config(), at, candidates(4))
     asked = []
