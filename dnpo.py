@@ -172,7 +172,7 @@ class NoiseHead(nn.Linear):
     """
 
     def __init__(self, width: int, vocabulary: int, init: str, seed: int):
-        with torch.random.fork_rng(devices=[]):  # no other random number of the CPU changes
+        with torch.random.fork_rng(devices=[]):  # no other random numbers on the CPU change
             torch.manual_seed(seed)
             super().__init__(width, vocabulary)
         if init != "linear":

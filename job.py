@@ -242,7 +242,7 @@ LIBC = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
 
 
 def own_device() -> torch.device:
-    """This rank's GPU, or the CPU if there is none; its freed blocks then stay with the process."""
+    """This rank's GPU. If there is none, the CPU, where the process then keeps freed blocks."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     keep_freed_blocks()

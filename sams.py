@@ -419,7 +419,7 @@ class Bandit:
     """
 
     def __init__(self, width: int, c, device):
-        with torch.random.fork_rng(devices=[]):  # no other random number of the CPU changes
+        with torch.random.fork_rng(devices=[]):  # no other random numbers on the CPU change
             torch.manual_seed(job.seed_of(c.seed, "selector"))
             self.selector = Selector(width, c).to(device)
         self.optimizer = torch.optim.Adam(self.selector.parameters(), lr=c.selector_lr)

@@ -586,6 +586,11 @@ def judge_pairs(c, at: Slice, pairs: list[dict], judge) -> list[dict]:
     return judged
 
 
+def judge_corrects(c) -> bool:
+    """Whether a judge is asked about the pairs."""
+    return c.correct and c.judge != "none"
+
+
 def both_answers(pair: dict) -> tuple:
     """A pair as a judge compares it."""
     return pair["prompt"], pair["chosen"], pair["rejected"]
@@ -611,9 +616,11 @@ def correct_pairs(
             f"slice {at.name}: {len(silent)} pairs have no verdict, {silent[0]} the first: "
             "add them to --verdicts, or name a --judge"
         )
-    judge = "judge" if c.correct and c.judge != "none" else None
-    text = job.json_lines(apply_verdicts(made, judged, people, at.name, judge))
+    others = "judge" if judge_corrects(c) else None
+    text = job.json_lines(apply_verdicts(made, judged, people, at.name, others))
     file = at.folder / "pairs.jsonl"
+
+    # what a slice was trained on can't be made again: the verdicts may have changed since
     checkpoint = at.folder / "checkpoint"
     if at.trained and not file.exists():
         job.die(f"{file} is missing: delete {checkpoint}, and the slice is trained again")
@@ -638,18 +645,18 @@ def apply_verdicts(
     judged: list[dict],
     people: dict[str, str],
     where: str,
-    judge: str | None = "judge",
+    others: str | None,
 ) -> list[dict]:
     """Pairs with meta.verdict; where that is swap, their sides are exchanged.
 
-    A person's verdict outranks the judge's; meta.by says whose it is. judge: without one, nobody
-    has judged the others. where: the slice's name, with which the ids begin.
+    A person's verdict outranks the judge's, and meta.by says whose it is. where: the slice's name,
+    with which the ids begin. others: who has judged what no person has, "judge" or None.
     """
     ids = {pair["id"] for pair in pairs}
     unknown = [name for name in people if name.split("/")[0] == where and name not in ids]
     if unknown:
-        others = f" (nor {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        job.die(f"--verdicts: no pair has the id {unknown[0]!r}{others}")
+        more = f" (nor {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        job.die(f"--verdicts: no pair has the id {unknown[0]!r}{more}")
 
     corrected = []
     for pair, by_judge in zip(pairs, judged):
@@ -657,7 +664,7 @@ def apply_verdicts(
         meta = {
             **pair["meta"],
             "verdict": people[pair["id"]] if by_person else by_judge["verdict"],
-            "by": "person" if by_person else judge,
+            "by": "person" if by_person else others,
             "unreadable": by_judge["unreadable"] and not by_person,
         }
         pair = {**pair, "meta": meta}
@@ -1026,7 +1033,7 @@ def show_plan(c, tok, parts, test_rows: list[dict], dropped: Counter, device):
     """The header: what will be done with what, and one example with its loss mask."""
     plural = "s" if c.rounds > 1 else ""
     correctors = ["people"] if c.verdicts else []
-    if c.correct and c.judge != "none":
+    if judge_corrects(c):
         correctors.append(c.judge)
     correction_by = f"by {' and '.join(correctors)}" if correctors else "off"
     print(

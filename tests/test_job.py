@@ -113,9 +113,19 @@ def killed(folder, dies_in, **more) -> Training:
     return training
 
 
-@pytest.mark.skipif(not job.LIBC, reason="glibc is asked")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of the heap of a CPU's process")
-def test_on_a_cpu_a_freed_block_is_used_again_without_new_pages():
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    """Its number is the rank's on its node; outside of torchrun it is the first one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert job.own_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert job.own_device() == torch.device("cuda", 3)
+
+
+@pytest.mark.skipif(not job.LIBC, reason="the allocators of other systems take no such orders")
+def test_on_a_cpu_a_freed_block_is_used_again_without_new_pages(monkeypatch):
+    """By default each block of 64 MiB is given back, and the next one is new."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     job.keep_freed_blocks(False)
     given_back = new_pages_of_64_mib()
     assert job.own_device() == torch.device("cpu")

@@ -713,7 +713,7 @@ def corrected(folder: Path, rule, people: dict | None = None) -> tuple[list[dict
     at = slice_of(4, folder)
     made, _ = make_pairs(Config(), at, candidates(4))
     judged = judge_pairs(Config(), at, made, Fake(rule))
-    return made, apply_verdicts(made, judged, people or {}, at.name)
+    return made, apply_verdicts(made, judged, people or {}, at.name, "judge")
 
 
 def swapped(pair: dict) -> dict:
@@ -859,7 +859,7 @@ def test_a_person_changes_the_edited_rows_and_no_others(tmp_path):
 
     def applied(people):
         """The corrected pairs, but not who corrected them."""
-        pairs = apply_verdicts(made, judged, people, at.name)
+        pairs = apply_verdicts(made, judged, people, at.name, "judge")
         for pair in pairs:
             del pair["meta"]["by"]
         return pairs
@@ -1448,6 +1448,7 @@ def test_rejected_sides_are_human_negatives(monkeypatch, world, tmp_path):
         positive = positives[pair["meta"]["cell"]]
         assert sides(pair) == (positive, Answer(row["rejected"], True))
         assert pair["meta"]["verdict"] == "keep"
+        assert pair["meta"]["by"] is None
         assert pair["prompt"][0]["content"] == row["prompt"]
 
 
