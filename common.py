@@ -96,6 +96,11 @@ def check_model(path: str, config, max_prompt: int, max_response: int):
     if getattr(config, "quantization_config", None):
         job.die(f"{path}: its weights are quantised; training needs them in full precision")
     blocks(lm_shapes(path))
+    check_context(path, config, max_prompt, max_response)
+
+
+def check_context(path: str, config, max_prompt: int, max_response: int):
+    """Ends the program if sequences of these lengths don't fit a model's context."""
     context = context_of(config)
     if max_prompt + max_response > context:
         job.die(
@@ -440,11 +445,14 @@ def side_ids(tok, row: dict, side: str, max_response: int) -> list[int]:
 def given_answer(row: dict, side: str, score: float | None = None) -> Answer:
     """The answer that a row of the data gives: its "response" or "rejected", cut or whole.
 
-    In a row of a pair the response is the chosen one.
+    In a row of a pair the response is the chosen one; in one of generate.py's it is the sample.
     """
-    mark = "rejected_ended" if side == "rejected" else "chosen_ended"
     meta = row["meta"]
-    return Answer(row[side], meta.get(mark, True), score, meta.get("sampled_ids", ()))
+    if side == "rejected":
+        ended = meta.get("rejected_ended", True)
+    else:
+        ended = meta.get("chosen_ended", meta.get("finish") != "length")
+    return Answer(row[side], ended, score, meta.get("sampled_ids", ()))
 
 
 def sampled_ids(chosen: Answer, rejected: Answer) -> dict[str, list[list[int]]]:
@@ -1024,17 +1032,16 @@ def preference_pair(row: dict, answers: list[dict], scores: list[float | None]) 
     worst = min(places, key=scores.__getitem__)
     if scores[best] == scores[worst]:
         return None
-    chosen, rejected = answers[best], answers[worst]
+    chosen = given_answer(answers[best], "response", scores[best])
+    rejected = given_answer(answers[worst], "response", scores[worst])
     meta = {
-        "score_chosen": scores[best],
-        "score_rejected": scores[worst],
-        "chosen_ended": chosen["meta"]["finish"] == "stop",
-        "rejected_ended": rejected["meta"]["finish"] == "stop",
+        "score_chosen": chosen.score,
+        "score_rejected": rejected.score,
+        "chosen_ended": chosen.ended,
+        "rejected_ended": rejected.ended,
+        **sampled_ids(chosen, rejected),
     }
-    ids = chosen["meta"].get("sampled_ids", []) + rejected["meta"].get("sampled_ids", [])
-    if ids:
-        meta["sampled_ids"] = ids
-    sides = {"chosen": chosen["response"], "rejected": rejected["response"]}
+    sides = {"chosen": chosen.text, "rejected": rejected.text}
     return {"id": row["id"], "prompt": row["prompt"], **sides, "meta": meta}
 
 
@@ -1238,6 +1245,7 @@ class Judge:
     full: float | None = None  # full marks, None where the scale has no end
     orders = True  # ask compare() in both orders
     fault: str | None = None  # why no more questions can be asked
+    advice = "use a judge that follows the prompt in common.py"  # where too little can be read
 
     def __init__(self, spec: str, cache: Path | None):
         self.spec = spec
@@ -1286,7 +1294,7 @@ class Judge:
         if self.asked >= 20 and self.unreadable > 0.2 * self.asked:
             sys.exit(
                 f"error: {self.spec}: {self.unreadable} of {self.asked} judgements could not be "
-                "read; use a judge that follows the prompt in common.py"
+                f"read; {self.advice}"
             )
         return [self.known.get(key) for key in keys]
 
@@ -1322,7 +1330,7 @@ def agreement(there: str | None, back: str | None) -> str | None:
 class NumberJudge(Judge):
     """A judge that gives a number to one answer: the better number wins, in any order.
 
-    Subclasses give number(prompt, text).
+    Subclasses give number(prompt, text), which is None where there is none.
     """
 
     orders = False
@@ -1332,8 +1340,10 @@ class NumberJudge(Judge):
             return [self.number(prompt, text) for prompt, text in items]
         return [self.better(prompt, a, b) for prompt, a, b in items]
 
-    def better(self, prompt: list[dict], a: str, b: str) -> str:
+    def better(self, prompt: list[dict], a: str, b: str) -> str | None:
         first, second = self.number(prompt, a), self.number(prompt, b)
+        if first is None or second is None:
+            return None
         if first == second:
             return "tie"
         return "A" if first > second else "B"
@@ -1355,14 +1365,18 @@ class ExactJudge(NumberJudge):
 class RewardJudge(NumberJudge):
     """rm:PATH, a sequence-classification reward model with one output.
 
-    It reads one text at a time, so that padding can't matter.
+    It reads one text at a time, so that padding can't matter. A text that its context does not
+    hold, and a reward that is not finite, count as unreadable.
     """
+
+    advice = "texts are longer than its context, or its rewards are not finite"
 
     def __init__(self, spec: str, cache: Path | None, device, dtype: torch.dtype):
         super().__init__(spec, cache)
         self.path = spec.partition(":")[2]
         self.device, self.dtype, self.model = device, dtype, None
         self.tok, config = load_tokenizer(self.path)
+        self.context = context_of(config)
         if config.num_labels != 1:
             job.die(f"{spec}: a reward model has one output, this one has {config.num_labels}")
 
@@ -1377,8 +1391,12 @@ class RewardJudge(NumberJudge):
         if self.model is None:
             self.model = self.load()
         talk = [*prompt, {"role": "assistant", "content": text}]
-        ids = torch.tensor([quoted_ids(self.tok, talk, add_generation_prompt=False)])
-        return self.model(input_ids=ids.to(self.device)).logits.float().item()
+        ids = quoted_ids(self.tok, talk, add_generation_prompt=False)
+        if len(ids) > self.context:
+            return None
+        input_ids = torch.tensor([ids], device=self.device)
+        reward = self.model(input_ids=input_ids).logits.float().item()
+        return reward if math.isfinite(reward) else None
 
     def free(self):
         self.model = None
@@ -1421,7 +1439,7 @@ class LocalJudge(TextJudge):
 
     Its answer is begun for it ("Rating: [["), and it may only use the tokens of the form (digits,
     or A, B, tie, and "]]"): a small model says what it thinks, but not in the form that it is asked
-    for.
+    for. A question that its context does not hold gets no answer.
     """
 
     batch = 16  # questions at a time
@@ -1431,7 +1449,8 @@ class LocalJudge(TextJudge):
         super().__init__(spec, cache)
         self.path = spec.partition(":")[2]
         self.device, self.dtype, self.lm = device, dtype, None
-        self.tok, _ = load_tokenizer(self.path)
+        self.tok, config = load_tokenizer(self.path)
+        self.room = context_of(config) - self.max_new_tokens
 
     def encode(self, text: str) -> list[int]:
         return self.tok(text, add_special_tokens=False)["input_ids"]
@@ -1456,10 +1475,11 @@ class LocalJudge(TextJudge):
             prompt = quoted_ids(self.tok, talk, add_generation_prompt=True)
             ids.append(prompt + self.encode(opening))
 
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        fit = [i for i in range(len(ids)) if len(ids[i]) <= self.room]
+        order = sorted(fit, key=lambda i: len(ids[i]))
         answers = [""] * len(ids)
         temperature = 1.0 if again else 0.0
-        for start in range(0, len(ids), self.batch):
+        for start in range(0, len(order), self.batch):
             some = order[start : start + self.batch]
             prompts = [ids[i] for i in some]
             how = temperature, self.max_new_tokens, job.seed_of(start), allowed

@@ -365,17 +365,16 @@ def normalise(raw: Any, need: str) -> dict:
         if not answer.strip():
             raise ValueError(f"empty response: column {sides[name].column!r}")
 
-    # 4. Every text must be one that can be written to a file and tokenised.
-    texts = [message["content"] for message in prompt]
-    texts.extend(answers.values())
-    for text in texts:
-        if has_lone_surrogate(text):
-            raise ValueError("not valid Unicode: half of a surrogate pair")
-
     meta = raw.get("meta") or {}
     if not isinstance(meta, dict):
         meta = {"meta": meta}
-    return {"prompt": prompt, **answers, "meta": meta}
+    row = {"prompt": prompt, **answers, "meta": meta}
+
+    # 4. Every text, the id's too, must be one that can be written to a file and tokenised.
+    written = json.dumps([name_in_data(raw, ""), row], ensure_ascii=False, default=str)
+    if has_lone_surrogate(written):
+        raise ValueError("not valid Unicode: half of a surrogate pair")
+    return row
 
 
 class Cell(NamedTuple):
@@ -413,7 +412,10 @@ def pick_columns(raw: dict, need: str) -> tuple[list[dict] | None, dict[str, Cel
     `need` asks for, by name. Raises WrongKind if a column is missing, ValueError if it is null.
     """
     response, chosen = first_of(raw, *ANSWERS), first_of(raw, *CHOSEN)
-    context, said = find_prompt(raw, need != "pair" and response is None and chosen is None)
+    if need == "pair" or response or chosen:
+        context, said = find_prompt(raw), None
+    else:
+        context, said = find_exchange(raw, need)
 
     if need == "pair":
         sides = {"chosen": chosen, "rejected": first_of(raw, *REJECTED)}
@@ -436,26 +438,35 @@ def pick_columns(raw: dict, need: str) -> tuple[list[dict] | None, dict[str, Cel
     return context, sides
 
 
-def find_prompt(raw: dict, first_turns: bool) -> tuple[list[dict] | None, Cell | None]:
-    """Returns the messages of the prompt, if a column of its own has one, and their answer.
+def find_exchange(raw: dict, need: str) -> tuple[list[dict] | None, Cell | None]:
+    """Returns the messages of the prompt, and their answer if the messages column has both.
 
-    With first_turns, an answer in the messages column is taken; else they are a prompt if they
-    wait for one.
+    Where a prompt alone is needed, messages that wait for an answer are one as they are.
+    """
+    if not raw.get("messages"):
+        return find_prompt(raw), None
+    messages = turns(raw["messages"], "messages")
+    if need == "prompt" and messages[-1]["role"] == "user":
+        return messages, None
+    prompt, said = first_exchange(messages)
+    return prompt, None if said is None else Cell("messages", said)
+
+
+def find_prompt(raw: dict) -> list[dict] | None:
+    """Returns the messages of the prompt, if a column of its own has one.
+
+    Those of the messages column are one if they wait for an answer.
     """
     question = first_of(raw, *QUESTIONS)
-    talk = first_of(raw, "messages")
-    if talk and talk.value and first_turns:
-        prompt, said = first_exchange(turns(talk.value, "messages"))
-        return prompt, None if said is None else Cell("messages", said)
-    if raw.get("instruction") is not None and raw.get("input"):
-        return turns(f"{raw['instruction']}\n\n{raw['input']}", "input"), None
+    if question and question.column == "instruction" and raw.get("input"):
+        return turns(f"{question.value}\n\n{raw['input']}", "input")
     if question:
-        return without_open_turn(turns(question.value, question.column)), None
-    if talk and talk.value:
-        messages = turns(talk.value, "messages")
+        return without_open_turn(turns(question.value, question.column))
+    if raw.get("messages"):
+        messages = turns(raw["messages"], "messages")
         if messages[-1]["role"] == "user":
-            return messages, None
-    return None, None
+            return messages
+    return None
 
 
 def brings_own_prompt(side: Any) -> bool:

@@ -25,9 +25,10 @@ all gradients have in common changes nothing, though: Adam and clipping don't se
 acts in two ways: its mean fall makes the pairs' weights more even, and its variance makes them less
 so, at random (`weights/spread` is their std / mean). `noise/drop` is the mean fall, in nats an
 answer; if beta times it is below 0.05, a warning says so. The control is `--noise_update offset`:
-sigma is trained as in `joint`, but the model sees log pi_{k-1}(y-) less the mean fall over the
-step's pairs, one number a step. If its curve and that of `joint` coincide, NPO is an adaptive
-margin. Adam moves sigma by up to noise_lr |h|_1 a step. Sampling is always without the noise.
+sigma is trained as in `joint`, on draws of its own, but the model sees log pi_{k-1}(y-) less the
+mean fall over the step's pairs, one number a step. If its curve and that of `joint` coincide, NPO
+is an adaptive margin. Adam moves sigma by up to noise_lr |h|_1 a step. Sampling is always without
+the noise.
 
 Differs from the paper, or is not specified by it (ours unless said):
 
@@ -37,8 +38,9 @@ Differs from the paper, or is not specified by it (ours unless said):
     (else the terms cancel): L = l(m, sigma detached) - l(m, theta detached) + alpha mean(sigma^2).
     `--noise_update alternating` is the paper's Fig. 3: a noise step, a model step on new noise.
  3. Sigma's start, alpha and the noise's lr are not published; sigma starts afresh each iteration.
-    `--noise_init 0.1` (W = 0, b = 0.1) is off in all but name: 0.2 nats an answer of 55 tokens on a
-    135M model; 0.5, the default (RESULTS.md: sweep), 3; `linear`, nn.Linear's own start, 36.
+    `--noise_init 0.1` (W = 0, b = 0.1) is off in all but name: it lowers an answer of 55 tokens of
+    a 135M model by 0.2 nats. The default of 0.5 (see the sweep in RESULTS.md) lowers it by 3, and
+    `linear`, nn.Linear's own start, by 36.
  4. Iteration k starts from pi_{k-1} with a fresh optimizer and learning-rate curve; the authors'
     code, from the base model. The paper's iteration 0 is our 1, plain SPIN.
  5. The judge's rubric (common.py) is in our words, by the criteria and the scale of one in the
@@ -48,6 +50,7 @@ Differs from the paper, or is not specified by it (ours unless said):
  7. Every answer's noise has a seed of its own: micro-batches, chunks and ranks change nothing.
  8. `--mix_previous` (off in the toy preset): DNPO's first iteration trains on SPIN's pairs too.
  9. The noise has an AdamW of its own, with the policy's clipping and learning-rate curve.
+10. The judge reads all of y*, training its first --max_response tokens.
 
     python dnpo.py                                     # laptop: the toy world, minutes
     python dnpo.py --preset paper --limit 2000         # one GPU of 180 GiB, a tenth of the data
@@ -366,6 +369,8 @@ class Config:
         job.check_positive(self, "save_every", "max_prompt", "max_response", "test_prompts")
         job.check_positive(self, "clip")
         job.check_not_negative(self, "iterations", "warmup_iterations")
+        if self.iterations + self.warmup_iterations == 0:
+            raise ValueError("--iterations 0 and --warmup_iterations 0: there is nothing to train")
         job.check_not_negative(self, "noise_penalty", "temperature")
         job.check_run(self)
         job.check_positive(self, "limit", "max_steps")
@@ -426,7 +431,7 @@ class Iteration(NamedTuple):
     dsl: bool  # a judge labels; else the annotation is always chosen, as in SPIN
     npo: bool  # there is noise on the reference
     folder: Path
-    dtype: str  # in which the weights are saved
+    save_dtype: str  # of the weights
 
     @property
     def name(self) -> str:
@@ -483,8 +488,9 @@ def all_iterations(c, out: Path) -> list[Iteration]:
     for number in range(1 + last):
         warmed_up = number > c.warmup_iterations
         dsl, npo = warmed_up and c.labels == "judge", warmed_up and c.noise
-        dtype = c.save_dtype if number == last else "float32"
-        iterations.append(Iteration(number, dsl, npo, out / f"iter{number}", dtype))
+        save_dtype = c.save_dtype if number == last else "float32"
+        iterations.append(Iteration(number, dsl, npo, out / f"iter{number}", save_dtype))
+    job.refuse_to_shorten(out / f"iter{last + 1}", "--iterations")
     return iterations
 
 
@@ -563,6 +569,7 @@ def preference_row(
             why = "tie"
         elif dynamic_labels(annotated.score, generated.score) == "generated":
             chosen, rejected = generated, annotated
+    flipped = flipped and not why
     if flipped:
         chosen, rejected = rejected, chosen
     return {
@@ -633,9 +640,12 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
     # the steps, and what is around them
     sizes = [pair.tokens for pair in pairs] if c.sort_by_length else None
     steps = step_order(len(pairs), c, c.seed, "order", at.number, sizes=sizes)
-    file, tags = at.folder.parent / "metrics.jsonl", {"iteration": at.number}
-    names = {"note": at.name, "place": f"iteration {at.number}"}
-    run = job.TrainingRun(c, at.folder, steps, parts, device, metrics=file, tags=tags, **names)
+    file = at.folder.parent / "metrics.jsonl"
+    tags = {"iteration": at.number}
+    place = f"iteration {at.number}"
+    run = job.TrainingRun(
+        c, at.folder, steps, parts, device, metrics=file, note=at.name, tags=tags, place=place
+    )
 
     for step in run:  # goes on after a kill; ends on SIGTERM, and in write() on NaN
         factor = lr_factor(step, len(steps), c.warmup)
@@ -651,7 +661,7 @@ def train(c, at: Iteration, pairs: list[Pair], start: Model):
         metrics = derived_metrics(metrics, c.beta, noise_norm if at.npo else None)
         tell_drop(at, step, metrics)
         run.write(step, metrics, lr=factor * c.lr, grad_norm=norm, more=drop_note(metrics))
-    job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path, at.dtype)
+    job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path, at.save_dtype)
 
 
 def descend(
@@ -703,10 +713,11 @@ def descend(
 
         chosen, rejected = implicit_rewards(logps, ref_logps, c.beta)
         values = common.preference_metrics(model_loss, chosen, rejected, logps)
-        # a pair's weight in the gradient on theta; in float64, as its variance is a difference
-        pull = torch.sigmoid((rejected - chosen).double())
-        values["weights/mean"] = pull
-        values["weights/square"] = pull.square()
+        # sigmoid(-m), a pair's weight in the gradient on theta; its variance is a difference, hence
+        # float64
+        margin = (chosen - rejected).double()
+        values["weights/mean"] = torch.sigmoid(-margin)
+        values["weights/square"] = values["weights/mean"].square()
         values["noise/drop"] = drop
         # add_weighted divides by n; this is a mean over tokens, hence n / n_tokens
         values["noise/square"] = square * n / n_tokens
@@ -840,27 +851,21 @@ def measure_logps(
     def work(items, number):
         nonlocal scorer
         scorer = scorer or Scorer(model.load())
-        sequences = []
+        sequences = []  # three for each item
         for i in items:
-            prompt = common.prompt_ids(model.tok, pairs[i]["prompt"])
-            chosen = common.side_ids(model.tok, pairs[i], "chosen", c.max_response)
-            rejected = common.side_ids(model.tok, pairs[i], "rejected", c.max_response)
-            ended = new[i]["meta"]["finish"] == "stop"
-            ids = new[i]["meta"].get("sampled_ids", ())
-            sampled = common.response_ids(model.tok, new[i]["response"], ended, c.max_response, ids)
-            sequences += [(prompt, chosen), (prompt, rejected), (prompt, sampled)]
+            sequences += answers_as_ids(c, model.tok, pairs[i], new[i])
 
         logps = []
         with torch.no_grad():
             for start in range(0, len(sequences), 2 * c.micro_batch):
                 some = sequences[start : start + 2 * c.micro_batch]
                 logps += scorer(*common.collate(some, model.device)).tolist()
-        rows = []
+
+        measured = []
         for place, i in enumerate(items):
-            chosen, rejected, sampled = logps[3 * place : 3 * place + 3]
-            row = {"id": pairs[i]["id"], "positive": chosen, "negative": rejected, "new": sampled}
-            rows.append(row)
-        return rows
+            three = dict(zip(WHOSE, logps[3 * place : 3 * place + 3]))
+            measured.append({"id": pairs[i]["id"], **three})
+        return measured
 
     rows = job.phase(
         at.folder / "logps.jsonl",
@@ -871,10 +876,22 @@ def measure_logps(
         note=f"{at.name}: log-probs",
         ids=[row["id"] for row in pairs],
     )
-    means = {}
-    for name in ("positive", "negative", "new"):
-        means[f"logp_{name}"] = common.mean_or_none([row[name] for row in rows])
-    return means
+    return {f"logp_{name}": common.mean_or_none([row[name] for row in rows]) for name in WHOSE}
+
+
+WHOSE = ("positive", "negative", "new")  # the answers whose log-probs are measured
+
+
+def answers_as_ids(c, tok, pair: dict, new: dict) -> list[tuple[list[int], list[int]]]:
+    """A pair's two answers, and a new one to its prompt: the ids of the prompt and of each."""
+    prompt = common.prompt_ids(tok, pair["prompt"])
+    chosen = common.side_ids(tok, pair, "chosen", c.max_response)
+    rejected = common.side_ids(tok, pair, "rejected", c.max_response)
+
+    ended = new["meta"]["finish"] == "stop"
+    ids = new["meta"].get("sampled_ids", ())
+    sampled = common.response_ids(tok, new["response"], ended, c.max_response, ids)
+    return [(prompt, chosen), (prompt, rejected), (prompt, sampled)]
 
 
 def training_summary(
@@ -883,11 +900,13 @@ def training_summary(
     """What results.json says of an iteration's labels and of its training.
 
     With --mix_previous `pairs` counts the pairs of two iterations; `swapped` and `ties` do not.
+    `swapped` is a share of the pairs that have a label.
     """
     steps = job.metrics_of(out / "metrics.jsonl", at.number)
     ties = [is_tie(row["meta"]) for row in pairs]
+    labelled = [row for row in pairs if not row["meta"]["why"]]
     return {
-        "swapped": sum(row["meta"]["swapped"] for row in pairs) / len(pairs),
+        "swapped": common.mean_or_none([row["meta"]["swapped"] for row in labelled]),
         "ties": sum(ties) / len(pairs) if at.dsl else None,
         "pairs": len(encoded),
         "left_out": dict(left_out),

@@ -91,6 +91,8 @@ class Config:
             raise ValueError("--pairs and --judge go together")
         if self.pairs and self.n < 2:
             raise ValueError("--pairs needs at least two answers a prompt: --samples 5")
+        if self.pairs and Path(self.pairs) == Path(self.out):
+            raise ValueError("--pairs and --out are one file: the pairs would replace the answers")
 
 
 def generate_locally(out: Path, rows: list[dict], model: Model, c: Config) -> list[dict]:
@@ -161,7 +163,7 @@ def score_answers(answers: list[dict], judge: Judge, c: Config) -> list[float | 
         list(range(len(answers))),
         work,
         c.batch,
-        settings=[c.judge, [answer["response"] for answer in answers]],
+        settings=[judge.key, [(answer["prompt"], answer["response"]) for answer in answers]],
         note="score",
     )
     return [row["score"] for row in scored]
@@ -169,10 +171,13 @@ def score_answers(answers: list[dict], judge: Judge, c: Config) -> list[float | 
 
 def write_pairs(rows: list[dict], answers: list[dict], judge: Judge, c: Config):
     """The file --pairs, of the pairs of all prompts that have one."""
+    prompts = {row["id"]: row["prompt"] for row in rows}
+    for answer in answers:
+        if prompts.get(answer["id"]) != answer["prompt"]:
+            job.die(f"{c.out} has answers to other prompts than {c.data}: delete it")
+
     own = {row["id"]: ([], []) for row in rows}  # a prompt's answers and their scores
     for answer, score in zip(answers, score_answers(answers, judge, c)):
-        if answer["id"] not in own:
-            job.die(f"{c.out} has answers to other prompts than {c.data}: delete it")
         own_answers, own_scores = own[answer["id"]]
         own_answers.append(answer)
         own_scores.append(score)

@@ -29,6 +29,7 @@ import datetime
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import hashlib
 import inspect
@@ -978,8 +979,22 @@ def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str, dtype: st
     barrier()
 
 
+def refuse_to_shorten(folder: Path, flag: str):
+    """Ends the program if a run has gone further already than its flag now says.
+
+    folder: what would come after the last one. Results that are written now would leave it out.
+    """
+    if folder.exists():
+        die(f"{folder} is there already: this run had a larger {flag}")
+
+
 def finish(folder: Path) -> Path:
-    """Removes the state of a training that is done, and returns its checkpoint."""
+    """Removes what a training that is done has left, and returns its checkpoint.
+
+    In memory that is its models: a checkpointed layer refers to itself, so that they go only when
+    Python looks for cycles.
+    """
+    gc.collect()
     if on_rank_0():
         (folder / "state.pt").unlink(missing_ok=True)
     return folder / "checkpoint"

@@ -41,7 +41,8 @@ Differs from the paper, or is not specified by it (ours unless said):
  5. The judge's prompts stand in common.py. A verdict that changes with the order is a tie; ties and
     unreadable verdicts drop the pair. A person's verdict (`--verdicts`) outranks the judge's.
  6. Every slice has a fresh optimizer and learning-rate curve.
- 7. Diversity is measured by distinct-2 and by the mean Jaccard similarity of token bigrams between
+ 7. The judge reads all of a human answer, training its first --max_response tokens.
+ 8. Diversity is measured by distinct-2 and by the mean Jaccard similarity of token bigrams between
     the candidates of a prompt.
 
     python tso.py                                      # laptop: the toy world, minutes
@@ -101,9 +102,9 @@ def implicit_rewards(logps: Tensor, ref_logps: Tensor, beta: float) -> tuple[Ten
 def dual_clip_losses(
     chosen_reward: Tensor, rejected_reward: Tensor, clip_chosen: float, clip_rejected: float
 ) -> Tensor:
-    """L_dual-clip = -log sigmoid( min(r_w, c_w) - max(r_l, -c_l) ); c = inf: DPO, its Eq. 7.
+    """L_dual-clip = -log sigmoid( min(r_w, c_w) - max(r_l, -c_l) ): the loss of each pair.
 
-    [B], [B] -> [B].
+    With both clips infinite it is DPO's loss (Rafailov et al., Eq. 7). [B], [B] -> [B].
     """
     chosen = chosen_reward.clamp(max=clip_chosen)
     rejected = rejected_reward.clamp(min=-clip_rejected)
@@ -329,7 +330,8 @@ def main():
     sampling = Sampling(c.temperature, c.max_response, c.sample_batch)
     start = Slice(0, 0, 0, [], out / "start")
     worth = measure(c, start, policy, test_rows, sampling, judge)
-    results, round_ends = [{"round": 0, "slice": 0, **worth}], []
+    results = [{"round": 0, "slice": 0, **worth}]
+    round_ends = []  # the models of the rounds so far
     for at in all_slices(c, parts, out):
         # diversity: versions x scales sample the candidates
         older = c.older + [path for path in round_ends if path != policy.path]
@@ -349,7 +351,7 @@ def main():
             train(c, at, encoded, policy)
         policy = policy.with_weights(job.finish(at.folder))
         if at.part == c.slices:
-            round_ends.append(policy.path)  # an older version once it is no longer the policy
+            round_ends.append(policy.path)  # older versions once they are no longer the policy
 
         result = training_summary(out, at, pairs, encoded, left_out)
         result.update(prompts_without_pair=without, diversity=diversity(candidates, policy))
@@ -367,6 +369,7 @@ def all_slices(c, parts: list[list[dict]], out: Path) -> list[Slice]:
         for part, rows in enumerate(parts, 1):
             folder = out / f"round{round_}-slice{part}"
             slices.append(Slice(len(slices) + 1, round_, part, rows, folder))
+    job.refuse_to_shorten(out / f"round{c.rounds + 1}-slice1", "--rounds")
     return slices
 
 
@@ -563,8 +566,9 @@ def judge_pairs(c, at: Slice, pairs: list[dict], judge) -> list[dict]:
 
     def work(items, number):
         verdicts = ["A"] * len(items)  # without a judge the positive stays the better one
-        if c.correct and judge:
-            verdicts = judge.compare([both_answers(pairs[i]) for i in items])
+        if judge_corrects(c):
+            asked = [pairs[i] for i in items]
+            verdicts = judge.compare([(p["prompt"], p["chosen"], p["rejected"]) for p in asked])
         rows = []
         for i, verdict in zip(items, verdicts):
             row = {"id": pairs[i]["id"], "verdict": correction(verdict)}
@@ -589,11 +593,6 @@ def judge_pairs(c, at: Slice, pairs: list[dict], judge) -> list[dict]:
 def judge_corrects(c) -> bool:
     """Whether a judge is asked about the pairs."""
     return c.correct and c.judge != "none"
-
-
-def both_answers(pair: dict) -> tuple:
-    """A pair as a judge compares it."""
-    return pair["prompt"], pair["chosen"], pair["rejected"]
 
 
 def awaits_person(c, at: Slice, pairs: list[dict], people: dict[str, str]) -> bool:
@@ -843,11 +842,18 @@ def prepare(c, device):
     Returns the model to start from, the training rows in slices, the held-out rows, the verdicts of
     people by id, and the judge.
     """
-    tok, config = common.load_tokenizer(c.model)
+    if c.export_pairs and c.export_pairs != c.verdicts and os.path.lexists(c.export_pairs):
+        job.die(
+            f"--export_pairs {c.export_pairs} is there already: if its verdicts are edited, "
+            "name it with --verdicts too, else choose another file"
+        )
     for path in c.older + c.smaller:
-        common.load_tokenizer(path)
+        _, config = common.load_tokenizer(path)
+        common.check_context(path, config, c.max_prompt, c.max_response)
+    tok, config = common.load_tokenizer(c.model)
     common.check_model(c.model, config, c.max_prompt, c.max_response)
     parts, test_rows, dropped = read_rows(c, tok)
+    check_negatives(c, parts)
     people = read_verdicts(c.verdicts, c) if c.verdicts else {}
 
     policy = Model(c.model, tok, device, getattr(torch, c.dtype))
@@ -885,9 +891,26 @@ def read_rows(c, tok) -> tuple[list[list[dict]], list[dict], Counter]:
 
 
 def has_pairs(spec: str) -> bool:
-    """Whether the first row has a rejected side."""
-    _, row = next(iter(datafiles.read_raw(spec)), (None, None))
-    return isinstance(row, dict) and bool(row.get("rejected") or row.get("generated"))
+    """Whether a row has a rejected side."""
+    for _, row in datafiles.read_raw(spec):
+        if isinstance(row, dict) and (row.get("rejected") or row.get("generated")):
+            return True
+    return False
+
+
+def check_negatives(c, parts: list[list[dict]]):
+    """Ends the program if no cell of --negatives can have an answer in the first slice."""
+    sources = {
+        "current": True,
+        "older": bool(c.older),
+        "smaller": bool(c.smaller),
+        "human": any(row.get("rejected") for row in parts[0]),
+    }
+    if not any(sources[cell] for cell in c.negatives):
+        job.die(
+            f"--negatives {' '.join(c.negatives)}: there are none to begin with: "
+            "add current, name --older or --smaller models, or bring pairs for human ones"
+        )
 
 
 # ------------------------------------------------------------------------- measurements
@@ -895,7 +918,8 @@ def has_pairs(spec: str) -> bool:
 
 def measure(c, at: Slice, model: Model, rows: list[dict], sampling: Sampling, judge) -> dict:
     """What a model is worth on the held-out prompts: by itself, and against the start model."""
-    seed, note = job.seed_of(c.seed, "answers", at.name), f"{at.name}: "
+    seed = job.seed_of(c.seed, "answers", at.name)
+    note = f"{at.name}: "
     result = common.held_out(at.folder, rows, model, sampling, judge, seed, note)
     for share in ("win", "tie", "loss"):
         result[f"{share}_annotation"] = result.pop(share)
@@ -910,10 +934,13 @@ def measure(c, at: Slice, model: Model, rows: list[dict], sampling: Sampling, ju
     return result
 
 
-def against_start(folder: Path, start: Path, judge, size: int, note: str) -> dict[str, float]:
+def against_start(
+    folder: Path, start: Path, judge, size: int, note: str
+) -> dict[str, float | None]:
     """The shares of held-out answers that win, tie and lose against the start model's.
 
-    A language model is asked in both orders; the verdicts are in folder/against.jsonl.
+    They are None where no verdict could be read. A language model is asked in both orders; the
+    verdicts are in folder/against.jsonl.
     """
     new = job.read_jsonl(folder / "answers.jsonl")
     old = job.read_jsonl(start / "answers.jsonl")
@@ -938,14 +965,14 @@ def against_start(folder: Path, start: Path, judge, size: int, note: str) -> dic
     )
     counts = Counter(row["verdict"] for row in rows)
     read = len(rows) - counts[None]
-    return {name: counts[name] / max(1, read) for name in ("win", "tie", "loss")}
+    return {name: counts[name] / read if read else None for name in ("win", "tie", "loss")}
 
 
 def score_spread(c, at: Slice, rows: list[dict], model: Model, sampling: Sampling, judge) -> dict:
     """Fig. 5: how the judge's scores of n_scores answers to each held-out prompt are spread.
 
-    Writes the slice's spread.jsonl. Returns mean skewness and kurtosis, and the share of prompts
-    all of whose scores are equal (they have neither).
+    Writes the slice's spread.jsonl. Returns mean skewness and kurtosis, and as no_spread the share
+    of prompts that have neither: all scores that could be read are equal.
     """
     n = c.n_scores
     drawn = common.generate(
@@ -990,7 +1017,7 @@ def score_spread(c, at: Slice, rows: list[dict], model: Model, sampling: Samplin
     }
 
 
-FATES = ("pairs", "kept", "swapped", "dropped", "unreadable")
+FATES = ("made", "kept", "swapped", "dropped", "unreadable")
 
 
 def training_summary(
@@ -1005,7 +1032,7 @@ def training_summary(
     for pair in pairs:
         meta = pair["meta"]
         counts = cells.setdefault(meta["cell"], dict.fromkeys(FATES, 0))
-        counts["pairs"] += 1
+        counts["made"] += 1
         counts[fate[meta["verdict"]]] += 1
         counts["unreadable"] += meta["unreadable"]
 

@@ -848,7 +848,7 @@ def run_train(
     (start or tiny_lm(1)).save_pretrained(folder / "start")
     (folder / "iter3").mkdir()
     model = Model(str(folder / "start"), toy.tokenizer(), torch.device("cpu"), torch.float32)
-    at = Iteration(3, dsl=True, npo=noise, folder=folder / "iter3", dtype="float32")
+    at = Iteration(3, dsl=True, npo=noise, folder=folder / "iter3", save_dtype="float32")
     dnpo.train(Config(**values), at, pairs, model)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], log

@@ -693,7 +693,7 @@ def test_a_row_has_the_better_answer_on_top_or_says_why_it_is_left_out(
         "annotated": Answer("ab", True, annotated),
         "generated": Answer("ba", False, generated, [[8, 7]]),
     }
-    at = dnpo.Iteration(2, dsl, npo=False, folder=Path("iter2"), dtype="float32")
+    at = dnpo.Iteration(2, dsl, npo=False, folder=Path("iter2"), save_dtype="float32")
     made = dnpo.preference_row(dnpo.Config(ties=ties), at, row, **answers)
 
     rejected = "generated" if chosen == "annotated" else "annotated"
@@ -824,7 +824,7 @@ def test_an_annotation_is_cut_or_whole_as_its_row_says(tmp_path):
     """meta.chosen_ended of the data, and its sampled ids, go into the pair."""
     rows = said("ab")
     rows[0]["meta"] = {"chosen_ended": False, "sampled_ids": [[8, 7]]}
-    at = dnpo.Iteration(1, dsl=False, npo=False, folder=tmp_path, dtype="float32")
+    at = dnpo.Iteration(1, dsl=False, npo=False, folder=tmp_path, save_dtype="float32")
     cut, whole = dnpo.label(dnpo.Config(sample_batch=2), at, rows, said("cd"), None)
     assert cut["meta"]["chosen_ended"] is False
     assert cut["meta"]["sampled_ids"] == [[8, 7]]
@@ -844,7 +844,7 @@ def test_rows_that_are_left_out_are_left_out_of_the_next_iteration_too(mix, trai
     """What is counted is this iteration's; of the previous one only usable rows are mixed in."""
     pairs = [labelled("a"), labelled("b", "tie"), labelled("c", "unreadable")]
     previous = [labelled("d"), labelled("e", "tie"), labelled("f", "unreadable")]
-    at = dnpo.Iteration(2, dsl=True, npo=True, folder=Path("iter2"), dtype="float32")
+    at = dnpo.Iteration(2, dsl=True, npo=True, folder=Path("iter2"), save_dtype="float32")
     c = dnpo.Config(mix_previous=mix)
     encoded, left_out = dnpo.encode(c, at, toy.tokenizer(), pairs, previous)
     assert [pair.id for pair in encoded] == trained
@@ -1046,7 +1046,7 @@ def test_an_answer_that_was_cut_is_measured_without_an_end(monkeypatch, world, t
         return new
 
     monkeypatch.setattr(common, "generate", drawn)
-    at = dnpo.Iteration(2, dsl=True, npo=True, folder=tmp_path, dtype="float32")
+    at = dnpo.Iteration(2, dsl=True, npo=True, folder=tmp_path, save_dtype="float32")
     dnpo.measure_logps(dnpo.Config(), at, model, pairs, sampling=None)
 
     lm = model.load()
@@ -1116,7 +1116,7 @@ def test_only_readable_scores_that_are_equal_are_a_tie():
 )
 def test_a_noise_too_small_to_act_is_warned_about(capsys, beta, line):
     """It is where beta times the drop is below 0.05."""
-    at = dnpo.Iteration(2, dsl=True, npo=True, folder=Path("iter2"), dtype="float32")
+    at = dnpo.Iteration(2, dsl=True, npo=True, folder=Path("iter2"), save_dtype="float32")
     dnpo.tell_drop(at, 0, {"noise/drop": 0.25, "noise/drop_margin": beta * 0.25})
     assert capsys.readouterr().out == f"iter 2: the noise lowers log p_noise(y-) {line}\n"
 

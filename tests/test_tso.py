@@ -801,8 +801,8 @@ def test_what_became_of_the_pairs_is_counted_by_cell(tmp_path):
     summary = tso.training_summary(tmp_path, at, pairs, [], Counter())
 
     assert summary["made"] == 6
-    one = {"pairs": 3, "kept": 1, "swapped": 0, "dropped": 2, "unreadable": 1}
-    two = {"pairs": 3, "kept": 0, "swapped": 1, "dropped": 2, "unreadable": 2}
+    one = {"made": 3, "kept": 1, "swapped": 0, "dropped": 2, "unreadable": 1}
+    two = {"made": 3, "kept": 0, "swapped": 1, "dropped": 2, "unreadable": 2}
     assert summary["cells"] == {"current > older": one, "human > older": two}
 
 
@@ -1170,7 +1170,7 @@ def naive_cells(pairs: list[dict]) -> dict:
     cells = {}
     for cell, words in verdicts.items():
         cells[cell] = {
-            "pairs": len(words),
+            "made": len(words),
             "kept": words.count("keep"),
             "swapped": words.count("swap"),
             "dropped": words.count("drop"),
