@@ -27,7 +27,7 @@ weights and optimizer, gradients included: the CUDA allocator's peak on a GPU, t
 a CPU (Linux; a pass of its own, in which glibc gives freed blocks back), of the rank that needs
 most. The optimizer's step is left out: it is the same in every row. MFU = model FLOPs / (seconds x
 ranks x peak), model FLOPs = (6 N + 6 L D T) per token: N weights without the embedding, causal
-attention, no credit for recomputing or for scoring.
+attention, the head at every position, no credit for recomputing or for scoring.
 """
 
 from __future__ import annotations
@@ -127,6 +127,8 @@ class Config:
     def __post_init__(self):
         job.check_positive(self, "pairs", "max_prompt", "max_response", "chunk", "repeats", "ranks")
         job.check_positive(self, "length", "micro_batch", "threads", "sample", "sample_batch")
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"--ratio must be above 0 and at most 1, not {self.ratio}")
 
 
 # ---------------------------------------------------------------- time and memory of a step
@@ -616,7 +618,8 @@ def summarise(
         for other in ("floor", "trl"):
             if other in median:
                 numbers[f"vs_{other}"] = median[row] / median[other]
-        if ideal and not row.startswith("sams"):  # which trains on fewer tokens
+        # SamS trains on fewer tokens, and the floor has no head
+        if ideal and row != "floor" and not row.startswith("sams"):
             numbers["mfu"] = ideal / median[row]
         rows[row] = numbers
     return rows

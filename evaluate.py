@@ -163,7 +163,8 @@ def versus(rows: list[dict], seed: int = 0) -> dict:
     rows: {"prompt", "verdict", "there", "back", "length", "length_other"}. Returns the shares of
     win, tie and loss, win rate and win-loss gap with intervals, and two signs of a bad judge:
     flip_rate, of the pairs that were asked in both orders the share whose verdict changed with it,
-    and longer_wins, of the decided ones with unequal lengths the share that the longer answer won.
+    and longer_wins, of the decided ones with unequal lengths the share that the longer answer won;
+    `decided` counts these.
     """
     read = [row for row in rows if row["verdict"]]
     verdicts = [row["verdict"] for row in read]
@@ -191,6 +192,7 @@ def versus(rows: list[dict], seed: int = 0) -> dict:
         "gap_high": high,
         "flip_rate": mean_or_none(flips),
         "longer_wins": mean_or_none(longer_wins),
+        "decided": len(longer_wins),
         "judged": len(read),
         "unreadable": len(rows) - len(read),
     }
@@ -266,6 +268,8 @@ class Config:
             raise ValueError(f"one of {', '.join(modes)} is expected, not {found}")
         if not self.model and not self.compare and not self.figures:
             raise ValueError("which model? python evaluate.py MODEL ...")
+        if self.model and (self.compare or self.figures):
+            raise ValueError(f"{self.model} stands before the flag: all runs stand behind it")
         if asks_judge and (not self.data or self.judge == "none"):
             raise ValueError("--against or --score needs --data and --judge")
         if self.export and not self.questions:
@@ -345,7 +349,10 @@ def evaluate_pairs(c: Config):
     rows, dropped = datafiles.load_rows(c.pairs, "pair", c.limit)
     model = open_model(c, c.model)
     reference = open_reference(c, model)
-    pairs, left_out = encode_pairs(model.tok, rows, model.context - c.max_response, c.max_response)
+    room = model.context - c.max_response
+    if room < 1:
+        job.die(f"--max_response {c.max_response} fills {c.model}'s context")
+    pairs, left_out = encode_pairs(model.tok, rows, room, c.max_response)
     dropped = dropped + left_out
     if not pairs:
         reasons = ", ".join(f"{n} {why}" for why, n in dropped.items())
@@ -486,7 +493,7 @@ def evaluate_answers(c: Config):
         measures.append({"measure": words, "value": result[name], "low": low, "high": high})
     columns = ["measure", "value", "low", "high"]
     show(c, f"{note} · against {c.against}", measures, columns, **result, scores=scores)
-    warn_of_judge(c, models, result["longer_wins"])
+    warn_of_judge(c, models, result)
 
 
 def leaves_room(c: Config, models: dict[str, Subject], prompt: list[dict]) -> bool:
@@ -577,11 +584,15 @@ def score_side(c: Config, judge, name: str, answers: list[dict], rows: list[dict
     return {"answers of": name, "unreadable": unreadable, "score": score, "low": low, "high": high}
 
 
-def warn_of_judge(c: Config, models: dict[str, Subject], longer_wins: float | None):
-    """Says so if the judge seems to count words, or is one of the models that it judges."""
+def warn_of_judge(c: Config, models: dict[str, Subject], found: dict):
+    """Says so if the judge seems to count words, or is one of the models that it judges.
+
+    found: what versus has returned. Of fewer than 20 decided comparisons nothing is said.
+    """
     if not job.on_rank_0():
         return
-    if longer_wins is not None and longer_wins > LONGER_WINS:
+    longer_wins = found["longer_wins"]
+    if found["decided"] >= 20 and longer_wins > LONGER_WINS:
         print(
             f"warning: the longer answer won {longer_wins:.0%} of the decided comparisons: "
             "the judge may be counting words",
@@ -875,12 +886,26 @@ def compare_runs(c: Config):
     for task, kinds in figures.by_task(figures.group_runs(runs)).items():
         # group_runs has put the runs with the most flags first; the user has named a baseline
         kinds = sorted(kinds, key=lambda kind: min(map(runs.index, kind.runs)))
+        refuse_double_seeds(kinds)
         found = {kind.name: {run.seed: outcomes_of(run) for run in kind.runs} for kind in kinds}
         first = found[kinds[0].name]
         for kind in kinds:
             rows.append(comparison(kind.name, task, found[kind.name], first, c.seed))
     columns = ["runs", "task", "seeds", "mean", "std", "difference", "low", "high", "held out"]
     show(c, f"differences from {rows[0]['runs']!r}, paired", rows, columns)
+
+
+def refuse_double_seeds(kinds: list[figures.Kind]):
+    """Ends the program where two runs of a kind have one seed: one of them would not count."""
+    for kind in kinds:
+        of_seed = {}
+        for run in kind.runs:
+            other = of_seed.setdefault(run.seed, run)
+            if other is not run:
+                job.die(
+                    f"{other.folder} and {run.folder} are both {kind.name} with seed {run.seed}: "
+                    "leave one out, or give it a name (FOLDER=NAME)"
+                )
 
 
 def outcomes_of(run: figures.Run) -> dict[str, float]:
@@ -901,6 +926,8 @@ def comparison(
         for row_id in found[run_seed].keys() & first[run_seed].keys():
             gaps.append(found[run_seed][row_id] - first[run_seed][row_id])
             ids.append(row_id)
+    if found.keys() & first.keys() and not ids:
+        job.die(f"--compare: {name} has no held-out prompt in common with the first kind of runs")
     difference, low, high = bootstrap(gaps, ids, seed=seed)
     return {
         "runs": name,

@@ -134,6 +134,9 @@ class Kind(NamedTuple):
     runs: list[Run]
 
 
+ADVICE = "the run must be made again"  # where one of its files is damaged
+
+
 def read_run(spec: str) -> Run:
     """The finished run in FOLDER, or in FOLDER of FOLDER=NAME, which gives it another name."""
     folder, _, name = spec.partition("=")
@@ -145,7 +148,12 @@ def read_run(spec: str) -> Run:
                 "(config.json, results.json and metrics.jsonl are expected in it)"
             )
 
-    config = json.loads((path / "config.json").read_text())
+    config = job.read_json(path / "config.json", ADVICE)
+    metrics = job.read_jsonl(path / "metrics.jsonl", advice=ADVICE)
+    if not metrics:
+        job.die(f"{path / 'metrics.jsonl'} is empty: no step has been trained")
+    # a training that was made again stands behind the later ones
+    metrics.sort(key=lambda line: (line.get("iteration", 0), line["step"]))
     methods = [method for mark, method in MARKS.items() if mark in config]
     if not methods:
         job.die(f"{folder}: not a run of dnpo.py, tso.py or sams.py")
@@ -155,8 +163,8 @@ def read_run(spec: str) -> Run:
         name=name,
         method=methods[0],
         config=config,
-        results=json.loads((path / "results.json").read_text()),
-        metrics=job.read_jsonl(path / "metrics.jsonl"),
+        results=job.read_json(path / "results.json", ADVICE),
+        metrics=metrics,
     )
 
 
@@ -289,17 +297,20 @@ def logp_samples(run: Run, iteration: int) -> dict[str, list[float]]:
 
 
 def held_out_scores(folder: Path) -> dict[str, float]:
-    """The judge's score of each held-out prompt's answer, by the row's id, where it has one.
+    """The judge's score of each held-out prompt's answer, where it has one.
 
+    The key is the row's id and a hash of its prompt: other data may have the same ids.
     folder: an iteration's or a slice's.
     """
-    rows = job.read_jsonl(folder / "test.jsonl")
-    scores = {row["id"]: row["meta"]["score"] for row in rows}
-    return {name: score for name, score in scores.items() if score is not None}
+    scores = {}
+    for row in job.read_jsonl(folder / "test.jsonl"):
+        if row["meta"]["score"] is not None:
+            scores[f"{row['id']} {job.seed_of(row['prompt']):016x}"] = row["meta"]["score"]
+    return scores
 
 
 def outcomes(run: Run) -> dict[str, float]:
-    """What a finished run is measured by at its end, for each held-out row by the row's id.
+    """What a finished run is measured by at its end, for each held-out row by its key.
 
     For DNPO and TSO it is the judge's score of the answer, for SamS 1 where the chosen answer has
     the higher reward, else 0.
@@ -588,6 +599,7 @@ def dnpo_figures(kinds: list[Kind]):
     if judged:
         yield dnpo_win_rate(judged)
         yield dnpo_score(judged)
+    if any(paper_name(kind.runs[0]) in ABLATION for kind in judged):
         yield dnpo_ablation(judged)
 
     for kind in kinds:
@@ -654,10 +666,13 @@ def dnpo_score(judged: list[Kind]) -> Drawn:
     return Drawn("dnpo-fig5-score", figure, by_iteration(judged, "score"))
 
 
+ABLATION = ("SPIN", "SPIN + NPO", "SPIN + DSL", "DNPO")
+
+
 def dnpo_ablation(judged: list[Kind]) -> Drawn:
     """Fig. 8: the average score after the last iteration, with and without DSL and NPO."""
     numbers = []
-    for paper in ("SPIN", "SPIN + NPO", "SPIN + DSL", "DNPO"):
+    for paper in ABLATION:
         for kind in judged:
             if paper_name(kind.runs[0]) != paper:
                 continue
@@ -990,9 +1005,12 @@ def sweep_figure(files: list[Path]) -> Drawn:
     sweeps = {}
     for file in files:
         try:
-            sweeps.update(json.loads(file.read_text())["sweep"])
+            found = json.loads(file.read_text())["sweep"]
         except (OSError, ValueError, LookupError):
             job.die(f"{file}: no sweep of bench.py")
+        for axis in found.keys() & sweeps.keys():
+            job.die(f"{file}: a second sweep of {axis}")
+        sweeps.update(found)
 
     figure, axes = panels(2 * len(sweeps), 3.2, 2.6, len(sweeps), sharey="row")
     above = axes[: len(sweeps)]
@@ -1070,8 +1088,8 @@ def save(figure, out: Path, name: str):
 def draw(folders: list[str], out: Path):
     """All figures that the runs have the data for, each as SVG and PNG, in the folder `out`.
 
-    Their numbers are printed as tables and written to figures.json. Among the folders may be
-    files of bench.py's sweeps.
+    Their numbers are printed as tables and written to figures.json, which keeps those of figures
+    that are not drawn now. Among the folders may be files of bench.py's sweeps.
     """
     specs = list(dict.fromkeys(folders))
     sweeps = [Path(spec) for spec in specs if spec.endswith(".json")]
@@ -1079,11 +1097,12 @@ def draw(folders: list[str], out: Path):
     plt = pyplot()
     out.mkdir(parents=True, exist_ok=True)
 
-    written = {}
+    file = out / "figures.json"
+    written = job.read_json(file, "delete it") if file.exists() else {}
     for name, figure, numbers in every_figure(sweeps, runs):
         save(figure, out, name)
         plt.close(figure)
         written[name] = numbers
         print(f"{out / name}.svg, .png")
         print(job.table(numbers, list(numbers[0])), end="\n\n")
-    job.write_atomic(out / "figures.json", json.dumps(written, indent=1))
+    job.write_atomic(file, json.dumps(written, indent=1))

@@ -89,6 +89,8 @@ class Config:
         job.check_not_negative(self, "temperature")
         if bool(self.pairs) != (self.judge not in (None, "none")):
             raise ValueError("--pairs and --judge go together")
+        if self.pairs and self.temperature == 0:
+            raise ValueError("--pairs needs answers that differ: --temperature must be above 0")
         if self.pairs and self.n < 2:
             raise ValueError("--pairs needs at least two answers a prompt: --samples 5")
         if self.pairs and Path(self.pairs) == Path(self.out):
@@ -144,6 +146,8 @@ def leave_out_long(rows: list[dict], dropped: Counter, tok, config, c: Config) -
     The others are counted in `dropped`. No row left ends the program.
     """
     room = context_of(config) - c.max_new_tokens
+    if room < 1:
+        job.die(f"--max_new_tokens {c.max_new_tokens} fills {c.model}'s context")
     short = fitting(tok, rows, room)
     what = f"{room} tokens, {c.model}'s context less --max_new_tokens"
     dropped[f"prompts of more than {what}"] = len(rows) - len(short)
@@ -236,6 +240,8 @@ def main():
 
     # 3. the answers
     job.hold(out.with_name(f"{out.name}.part"), out)  # it goes with the other parts
+    if out.exists() and job.on_rank_0():
+        print(f"{out} is there already and is judged as it is: nothing is sampled")
     if client:
         answers = generate_remotely(out, rows, client, c)
     else:

@@ -55,6 +55,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import math
 import os
@@ -134,14 +135,19 @@ def bounded_loss(losses: Tensor) -> Tensor:
 
 
 def batch_reward(before: float, after: float) -> float:
-    """rho = (L~_{t-1} - L~_t) / max(|L~_{t-1}|, |L~_t|), Eq. 6: above 0 when the loss fell."""
-    return (before - after) / max(abs(before), abs(after))
+    """rho = (L~_{t-1} - L~_t) / max(|L~_{t-1}|, |L~_t|), Eq. 6: above 0 when the loss fell.
+
+    0 where both losses are 0.
+    """
+    larger = max(abs(before), abs(after))
+    return (before - after) / larger if larger else 0.0
 
 
 def min_max(x: Tensor) -> Tensor:
     """(x - min) / (max - min), and 0.5 everywhere where all are equal. [n] -> [n].
 
-    A range below 1e-4 is rounding: before the first step all margins are 0 up to that.
+    A range below 1e-4 is rounding: before the first step all margins are 0 up to that. (In bf16
+    with several pairs a pass it is more, which tell_rounding says.)
     """
     low, high = x.min(), x.max()
     if high - low > 1e-4:
@@ -228,7 +234,8 @@ class PoolingScorer(Scorer):
 
     def __init__(self, lm):
         super().__init__(lm)
-        self.mask, self.pooled = None, {}  # the mask is set during a pass to be pooled
+        self.mask = None  # set during a pass that is to be pooled
+        self.pooled = {}
         for i, layer in enumerate(common.blocks(lm)):
             layer.register_forward_hook(functools.partial(self.keep_mean, i))
 
@@ -423,13 +430,15 @@ class Bandit:
             torch.manual_seed(job.seed_of(c.seed, "selector"))
             self.selector = Selector(width, c).to(device)
         self.optimizer = torch.optim.Adam(self.selector.parameters(), lr=c.selector_lr)
-        self.c, self.device = c, device
+        self.c = c
+        self.device = device
         self.frozen = False
         # the last round, whose effect is not yet seen: its L~, and of its rewarded pairs the
         # features, kappa and predictions
         self.pending = None
         self.pool = Pool(c.pool)
-        self.rho_sum, self.rounds = 0.0, 0
+        self.rho_sum = 0.0
+        self.n_rounds = 0  # that have got their rewards
 
     def freeze_encoder(self, weights: dict[str, Tensor]):
         """From now on the encoder is the pretrained one, and does not change."""
@@ -471,8 +480,8 @@ class Bandit:
             dist.broadcast(scores, 0)  # rank 0 decides: other hardware may round differently
         places = top_k(scores, k, seed)
 
-        weights = self.c.margin_weight, self.c.uncertainty_weight
-        kappa = sample_reward(margin, chosen_logps, *weights)
+        kappa_weights = self.c.margin_weight, self.c.uncertainty_weight
+        kappa = sample_reward(margin, chosen_logps, *kappa_weights)
         rewarded = places if self.c.fit == "selected" else list(range(len(scores)))
         self.pending = {
             "features": features[rewarded],
@@ -490,8 +499,8 @@ class Bandit:
         last = self.pending
         rho = batch_reward(last["bounded_loss"], now)
         self.rho_sum += rho
-        self.rounds += 1
-        smoothed = (rho + self.rho_sum / self.rounds) / 2
+        self.n_rounds += 1
+        smoothed = (rho + self.rho_sum / self.n_rounds) / 2
         reward = bandit_rewards(smoothed, last["kappa"], self.c.gamma)
         loss = self.fit(last["features"], reward)
 
@@ -510,15 +519,15 @@ class Bandit:
 
         The round then joins the pool. Returns the last step's loss.
         """
-        rng = random.Random(job.seed_of(self.c.seed, "pool", self.rounds))
+        rng = random.Random(job.seed_of(self.c.seed, "pool", self.n_rounds))
         rounds = [(features, reward), *self.pool.draw(self.c.replay, rng)]
         self.pool.add(features, reward, rng)
         for i in range(min(self.c.fit_steps, len(rounds))):
             some = rounds[i :: self.c.fit_steps]
-            of_pairs = torch.cat([of_round.to(self.device) for of_round, _ in some])
-            rewards = torch.cat([of_round.to(self.device) for _, of_round in some])
-            f1, f2 = self.values(of_pairs)
-            loss = selector_loss(f1, f2, rewards)
+            some_features = torch.cat([features.to(self.device) for features, _ in some])
+            some_rewards = torch.cat([reward.to(self.device) for _, reward in some])
+            f1, f2 = self.values(some_features)
+            loss = selector_loss(f1, f2, some_rewards)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -532,7 +541,7 @@ class Bandit:
             "pending": self.pending,
             "pool": self.pool.rounds,
             "rho_sum": self.rho_sum,
-            "rounds": self.rounds,
+            "rounds": self.n_rounds,
         }
 
     def restore(self, state: dict):
@@ -544,7 +553,8 @@ class Bandit:
             for name in ("features", "kappa", "predicted"):
                 self.pending[name] = self.pending[name].to(self.device)
         self.pool.rounds = state["pool"]
-        self.rho_sum, self.rounds = state["rho_sum"], state["rounds"]
+        self.rho_sum = state["rho_sum"]
+        self.n_rounds = state["rounds"]
 
     def nbytes(self) -> int:
         """Bytes of the weights, of gradients and Adam's two moments of those that learn, and of
@@ -587,7 +597,8 @@ class Config:
     # -- the selector
     # the layer encoder's transformer: model folder or Hub id, or none, a small one made here
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
-    # rounds in which the encoder is trained before it is frozen; 0: it learns with the rest
+    # rounds in which the encoder is trained before it is frozen: N rounds make N - 1 fits, as each
+    # is rewarded in the next; 0: it learns with the rest
     pretrain_rounds: int = 100
     selector_depth: int = 16  # layers of f_S, and of f_S'
     selector_width: int = 4096  # width of both
@@ -658,6 +669,10 @@ class Config:
         job.check_positive(self, "selector_depth", "selector_width", "selector_pooling")
         job.check_not_negative(self, "replay", "explore", "margin_weight")
         job.check_not_negative(self, "uncertainty_weight", "pretrain_rounds")
+        if self.pretrain_rounds == 1:
+            raise ValueError(
+                "--pretrain_rounds 1 would freeze an untrained encoder: 0, or 2 or more"
+            )
         for name in ("ratio", "preselect"):
             if not 0 < getattr(self, name) <= 1:
                 value = getattr(self, name)
@@ -780,15 +795,17 @@ def pretrain(c, data: Data, start: Model, folder: Path) -> dict[str, Tensor]:
     would be constant), so that kappa says much of how long y_w is. As nothing is trained in
     between, rho only says how the next batch differs.
     """
-    file, device = folder / "encoder.pt", start.device
-    if not file.exists():
+    file = folder / "encoder.pt"
+    device = start.device
+    if job.on_any_rank(not file.exists()):
         policy = shard(frozen_pooling_scorer, start.path, c, device)
         bandit = make_bandit(c, policy, device)
         batches = math.ceil(len(data.pairs) / c.batch)
         passes = replace(c, epochs=math.ceil(c.pretrain_rounds / batches), max_steps=None)
         steps = step_order(len(data.pairs), passes, c.seed, "pretrain")[: c.pretrain_rounds]
 
-        log, keeps = folder / "metrics.jsonl", {"bandit": bandit}
+        log = folder / "metrics.jsonl"
+        keeps = {"bandit": bandit}
         run = job.TrainingRun(
             c, folder, steps, {}, device, metrics=log, note="pretrain", keeps=keeps
         )
@@ -810,20 +827,28 @@ def pretraining_round(
 
     The picks train nothing: they only say whose rewards are fitted.
     """
-    n, pairs = len(indices), [data.pairs[i] for i in indices]
+    n = len(indices)
+    pairs = [data.pairs[i] for i in indices]
     seen = observe(c, policy, data.pairs, indices, bandit.device, c.context)
     chosen_logps = seen.logps[:, 0]
     tokens = torch.tensor([len(pair.chosen) for pair in pairs], device=bandit.device)
     losses = sft_losses(chosen_logps, tokens)
 
     seed = job.seed_of(c.seed, "pretrain", step) if c.select == "sample" else None
-    of_pairs = {"losses": losses, "margin": -losses, "chosen_logps": chosen_logps}
-    _, learned = bandit.round(seen.contexts, **of_pairs, k=how_many(c.ratio, n), seed=seed)
+    _, learned = bandit.round(
+        seen.contexts,
+        losses=losses,
+        margin=-losses,
+        chosen_logps=chosen_logps,
+        k=how_many(c.ratio, n),
+        seed=seed,
+    )
 
-    sums, zeros = {}, torch.zeros_like(losses)
+    sums = {}
+    zeros = torch.zeros_like(losses)
     values = common.preference_metrics(losses, zeros, zeros, seen.logps)
-    every_rank_has_all = torch.full_like(losses, 1 / job.world_size())
-    common.add_weighted(sums, values, every_rank_has_all, n)
+    share_of_rank = torch.full_like(losses, 1 / job.world_size())  # every rank has all pairs
+    common.add_weighted(sums, values, share_of_rank, n)
     return sums, learned
 
 
@@ -840,8 +865,10 @@ def train(c, data: Data, held: Data, start: Model, folder: Path, encoder: dict |
     steps = all_steps(c, data.pairs)
     parts = {"policy": (policy, optimizer)}  # what a training state holds,
     keeps = {"bandit": bandit} if bandit else {}  # and what else
-    file, note = folder / "metrics.jsonl", folder.name
-    run = job.TrainingRun(c, folder, steps, parts, device, metrics=file, note=note, keeps=keeps)
+    file = folder / "metrics.jsonl"
+    run = job.TrainingRun(
+        c, folder, steps, parts, device, metrics=file, note=folder.name, keeps=keeps
+    )
     if run.first == 0:
         tell_rounding(c, policy, data, steps[0], device)
 
@@ -884,7 +911,8 @@ def tell_rounding(c, policy: nn.Module, data: Data, batch: list[int], device):
     """Says how far the first batch's margins are from 0, as they should be before any training.
 
     In bf16 a log-prob depends on the shape of its batch. With one pair a pass policy and reference
-    are scored in the same shapes; with more, a pair meets others than in the reference's pass.
+    are scored in the same shapes; with more, a pair meets others than in the reference's pass. The
+    selector's first rewards stretch such errors to the whole range of kappa.
     """
     if c.dtype == "float32" or c.micro_batch == 1:
         return
@@ -892,6 +920,8 @@ def tell_rounding(c, policy: nn.Module, data: Data, batch: list[int], device):
     error = margins(logps, data.ref_logps[batch], c.beta).square().mean().sqrt().item()
     if job.on_rank_0():
         line = f"bf16: before the first step the margins are off by {error:.4f} (root mean square)"
+        if c.select in LEARNED:
+            line += ", all that the selector's first rewards see of them"
         if error > TOO_MUCH:
             line += ": warning: too much (--micro_batch 1 makes it 0)"
         print(line, flush=True)
@@ -990,7 +1020,8 @@ def pick(
     is also a word in BLIND), before `topk` if it needs no selector, else a word in LEARNED.
     """
     n = len(batch.pairs)
-    k, seed = how_many(c.ratio, n), job.seed_of(c.seed, "select", step)
+    k = how_many(c.ratio, n)
+    seed = job.seed_of(c.seed, "select", step)
     if c.select == "all":
         return list(range(n)), {}
     if c.select == "random":
@@ -1004,8 +1035,14 @@ def pick(
         return top_k(margin, k), {}
     if c.select == "topk":
         seed = None  # greedy; `sample` draws k without replacement, by softmax(scores)
-    of_pairs = {"losses": dpo_losses(margin), "margin": margin, "chosen_logps": seen.logps[:, 0]}
-    return bandit.round(seen.contexts, **of_pairs, k=k, seed=seed)
+    return bandit.round(
+        seen.contexts,
+        losses=dpo_losses(margin),
+        margin=margin,
+        chosen_logps=seen.logps[:, 0],
+        k=k,
+        seed=seed,
+    )
 
 
 def descend(c, policy: nn.Module, data: Data, indices: list[int], device) -> dict[str, Tensor]:
@@ -1095,8 +1132,8 @@ def measure(c, policy: nn.Module, held: Data, device, folder: Path) -> dict[str,
     logps, _ = observe(c, policy, held.pairs, everything, device)
     chosen, rejected = implicit_rewards(logps, held.ref_logps, c.beta)
     if job.on_rank_0():
-        margins = (chosen - rejected).tolist()
-        rows = [{"id": pair.id, "margin": m} for pair, m in zip(held.pairs, margins)]
+        margin = (chosen - rejected).tolist()
+        rows = [{"id": pair.id, "margin": m} for pair, m in zip(held.pairs, margin)]
         job.write_atomic(folder / "held.jsonl", job.json_lines(rows))
     return {
         "eval/accuracy": (chosen > rejected).double().mean().item(),
@@ -1137,7 +1174,8 @@ def logps_in_file(c, file: Path, model: Model, pairs: list[Pair], note: str) -> 
     device = model.device
     # runs don't share work
     part = file.with_name(f"{file.name}.{job.seed_of(str(Path(c.out).resolve())):016x}.part")
-    if not file.exists():
+    # another run may make the file between two ranks' looks at it
+    if job.on_any_rank(not file.exists()):
         size = max(c.batch, c.micro_batch * job.world_size())
         batches = [(start, start + size) for start in range(0, len(pairs), size)]
         done = {tuple(entry["batch"]): entry["logps"] for entry in job.whole_lines(part)}
@@ -1173,8 +1211,23 @@ def frozen_pooling_scorer(lm) -> PoolingScorer:
 def easiest(c, data: Data, held: Data, start: Model, out: Path) -> list[int]:
     """Selective DPO: the indices of the easiest share of the pairs, from easy to difficult.
 
-    A model is trained with --loss on each half of each random split of the pairs. A pair's
-    difficulty is its mean loss under the models that never saw it, in out/difficulty.json.
+    Their difficulties are kept in out/difficulty.json: a run goes on in the order that it began in.
+    """
+    file = out / "difficulty.json"
+    if job.on_any_rank(not file.exists()):
+        found = difficulties(c, data, held, start, out)
+        if job.on_rank_0():
+            job.write_atomic(file, json.dumps(found.tolist()))
+        job.barrier()
+    difficulty = torch.tensor(job.read_jsonl(file, list)[0])
+    order = difficulty.argsort(stable=True).tolist()
+    return order[: how_many(c.preselect, len(data.pairs))]
+
+
+def difficulties(c, data: Data, held: Data, start: Model, out: Path) -> Tensor:
+    """A pair's difficulty: its mean loss under the models that never saw it. [n].
+
+    A model is trained with --loss on each half of each random split of the pairs.
     """
     n = len(data.pairs)
     # on all pairs of a half, in a shuffled order
@@ -1182,18 +1235,15 @@ def easiest(c, data: Data, held: Data, start: Model, out: Path) -> list[int]:
     difficulty = torch.zeros(n, device=start.device)
     for split in range(c.preselect_splits):
         order = random.Random(job.seed_of(c.seed, "halves", split)).sample(range(n), n)
-        halves = sorted(order[::2]), sorted(order[1::2])
-        for number, (own, other) in enumerate([halves, halves[::-1]]):
+        first = sorted(order[::2])
+        second = sorted(order[1::2])
+        for number, (own, other) in enumerate([(first, second), (second, first)]):
             folder = out / f"split{split}-half{number}"
             if not (folder / "checkpoint").exists():
                 train(plain, data.take(own), held, start, folder)
             losses = validation_losses(c, folder, start, data.take(other))
             difficulty[other] += losses / c.preselect_splits
-
-    if job.on_rank_0():
-        job.write_atomic(out / "difficulty.json", json.dumps(difficulty.tolist()))
-    order = difficulty.argsort(stable=True).tolist()
-    return order[: how_many(c.preselect, n)]
+    return difficulty
 
 
 def validation_losses(c, folder: Path, start: Model, unseen: Data) -> Tensor:
@@ -1233,6 +1283,11 @@ def prepare(c, device) -> tuple[Model, list[Pair], list[bool], list[Pair]]:
             f"{c.data}: {len(pairs)} training and {len(held)} held-out pairs of at most "
             f"{c.max_prompt} prompt tokens: too few (--test names held-out data)"
         )
+    kept = how_many(c.preselect, len(pairs))
+    if c.preselect < 1 and len(pairs) < 2:
+        job.die(f"{c.data}: --preselect needs two pairs at least")
+    if c.select in LEARNED and c.pretrain_rounds > 1000 * math.ceil(kept / c.batch):
+        job.die(f"--pretrain_rounds {c.pretrain_rounds}: more than 1000 passes over {kept} pairs")
     if job.on_rank_0():
         show_plan(c, tok, pairs, held, flipped, dropped, device)
     start = Model(c.model, tok, device, getattr(torch, c.dtype))
@@ -1263,7 +1318,8 @@ def flip(row: dict) -> dict:
 def show_plan(c, tok, pairs, held, flipped: list[bool], dropped: Counter, device):
     """The header: what will be done with what, and one example with its loss mask."""
     n = len(pairs)
-    share, first = " (no selection)", ""
+    share = " (no selection)"
+    first = ""
     if c.select != "all":
         share = f", {c.ratio:g} of each batch"
     if c.preselect < 1:
@@ -1325,7 +1381,8 @@ def report(c, out: Path, started: float):
     result = {**evaluation(steps[-1]), **totals(c, steps), "seed": c.seed}
     job.write_results(out, result, started)
 
-    rows, trained_on = [], 0
+    rows = []
+    trained_on = 0
     for m in steps:
         trained_on += m["selected/pairs"]
         if "eval/accuracy" in m:
@@ -1378,6 +1435,7 @@ def shard(wrap, path: str, c, device) -> nn.Module:
     across) or one device. Under FSDP only rank 0 ever holds the whole model, on its CPU, and a
     frozen model is kept in c.dtype: FSDP computes with nothing finer.
     """
+    gc.collect()  # models of before: a layer that is checkpointed, or hooked, refers to itself
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
     layers = common.blocks(module.lm)

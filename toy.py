@@ -64,9 +64,12 @@ def score(prompt: str, answer: str) -> float:
     """The judge of both worlds. 0..10.
 
     For letters: 10 x (positions that are right) / (length of the longer of answer and solution).
+    A prompt of neither world ends the program.
     """
     if words.constraints_of(prompt):
         return words.score(prompt, answer)
+    if not set(prompt) <= set(LETTERS):
+        job.die(f"--judge toy knows the prompts of toy.py alone, not {prompt[:40]!r}")
     solution = sorted(prompt)
     right = 0
     for wanted, given in zip(solution, answer):
@@ -464,6 +467,8 @@ def main():
         help="prompts in the world of words, a fifth of them held out (default: 500)",
     )
     args = parser.parse_args()
+    if args.prompts < 1:
+        parser.error(f"--prompts must be positive, not {args.prompts}")
     job.check_out(args.out)
     job.stop_on_sigterm()
     if args.model:

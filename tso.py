@@ -57,6 +57,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import math
 import os
@@ -1122,6 +1123,7 @@ def shard(wrap, path: str, c, device) -> nn.Module:
     across) or one device. Under FSDP only rank 0 ever holds the whole model, on its CPU, and a
     frozen model is kept in c.dtype: FSDP computes with nothing finer.
     """
+    gc.collect()  # models of before: a layer that is checkpointed, or hooked, refers to itself
     sharded = dist.is_initialized() and c.parallel in ("fsdp", "hsdp")
     module = wrap(lm_shapes(path) if sharded else load_lm(path, torch.float32, "cpu"))
     layers = common.blocks(module.lm)

@@ -113,7 +113,10 @@ def is_one_sentence(text: str) -> bool:
 
 
 def mentions(text: str, topic: str) -> bool:
-    """Whether the topic is named, in the singular or in the plural."""
+    """Whether a word begins with the topic, or, if it has five letters or more, with its stem.
+
+    So dogs are named as dogs, butterflies as butterflies or a butterfly, and tea by a team, too.
+    """
     stem = topic.removeprefix("the ")
     if len(stem) > 4:
         stem = re.sub("(ies|ves|es|s|ing)$", "", stem)

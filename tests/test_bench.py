@@ -254,12 +254,21 @@ def test_sampling_counts_tokens_and_what_was_decoded_for_them(monkeypatch, world
         (["--sweep", "width"], "width: no such row or sweep"),
         (["--ranks", "2"], "several ranks need"),
         (["--shape", "1b"], "give --length"),
+        (["--ratio", "2"], "--ratio must be above 0 and at most 1"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(monkeypatch, capsys, world, flags, line):
     """Exit code 2 and one line on stderr, before any model."""
     of_model = ["--model", world / "sft", "--data", world / "pairs.jsonl"]
     assert line in refused(monkeypatch, capsys, bench, [*of_model, *flags])
+
+
+def test_rows_that_compute_less_have_no_mfu():
+    """2 s at the peak in 4 s are 50 %; the floor has no head, and SamS trains on fewer tokens."""
+    times = {"floor": [4.0], "dpo": [4.0, 4.0, 5.0], "sams": [4.0], "trl": [8.0]}
+    rows = bench.summarise(times, dict.fromkeys(times), tokens=8, ideal=2.0)
+    found = {row: numbers["mfu"] for row, numbers in rows.items()}
+    assert found == {"floor": None, "dpo": 0.5, "sams": None, "trl": 0.25}
 
 
 # ---------------------------------------------------------------- the memory plan

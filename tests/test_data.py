@@ -260,6 +260,61 @@ SHAPES = {
         found=[{"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"}],
         expected=[{"prompt": TALK, "meta": {}}],
     ),
+    "prompts only, messages that wait for an answer, or have one": Shape(
+        need="prompt",
+        found=[
+            {"messages": TALK},
+            {"messages": [system("s"), *TALK]},
+            {"messages": [system("s"), *TALK, assistant("d")]},
+        ],
+        expected=[
+            {"prompt": TALK, "meta": {}},
+            {"prompt": [system("s"), *TALK], "meta": {}},
+            {"prompt": [system("s"), user("a")], "meta": {}},
+        ],
+    ),
+    "a prompt beside alpaca's columns": Shape(
+        need="response",
+        found=[{"prompt": "p", "instruction": "Add.", "input": "1 2", "output": "3"}],
+        expected=[{"prompt": [user("p")], "response": "3", "meta": {}}],
+    ),
+    "sides that go on for several turns": Shape(
+        need="pair",
+        found=[
+            {
+                "prompt": "q",
+                "chosen": [assistant("a"), user("u"), assistant("good")],
+                "rejected": [assistant("a"), user("u"), assistant("bad")],
+            }
+        ],
+        expected=[
+            {
+                "prompt": [user("q"), assistant("a"), user("u")],
+                "chosen": "good",
+                "rejected": "bad",
+                "meta": {},
+            }
+        ],
+    ),
+    "a prompt that differs from its sides in the blanks around it": Shape(
+        need="pair",
+        found=[
+            {
+                "prompt": " hi\n",
+                "chosen": [user("hi"), assistant("good")],
+                "rejected": [user("hi"), assistant("bad")],
+            },
+            {
+                "prompt": "hi",
+                "chosen": [user("\nhi "), assistant("good")],
+                "rejected": [user("\nhi "), assistant("bad")],
+            },
+        ],
+        expected=[
+            {"prompt": [user("hi")], "chosen": "good", "rejected": "bad", "meta": {}},
+            {"prompt": [user("\nhi ")], "chosen": "good", "rejected": "bad", "meta": {}},
+        ],
+    ),
 }
 
 
@@ -756,6 +811,16 @@ BAD_FILES = {
         GOOD * 20 + lines([{"prompt": "c", "response": [user("a"), assistant("b")]}]),
         [":21:", "'response'", "different"],
     ),
+    "a prompt that only the assistant has said": BadFile(
+        ".jsonl",
+        GOOD * 20 + lines([{"prompt": "b", "response": [*TALK, assistant("d")]}]),
+        [":21:", "'response'", "different"],
+    ),
+    "a system turn with the user's words": BadFile(
+        ".jsonl",
+        GOOD * 20 + lines([{"prompt": [system("a")], "response": [user("a"), assistant("b")]}]),
+        [":21:", "'response'", "different"],
+    ),
     "unknown columns in the last row": BadFile(
         ".jsonl", GOOD * 20 + '{"text": "a"}\n', [":21:", "['text']"]
     ),
@@ -922,6 +987,24 @@ def test_faulty_rows_of_a_file_are_left_out_counted_and_named(tmp_path, capsys):
     line = capsys.readouterr().err
     has(line, f"{path}: 6 of 50 rows can't be used, more than 10%: {path}:1: empty response")
     assert line.count("\n") == 1
+
+
+def test_half_an_emoji_is_found_wherever_it_will_be_written(tmp_path):
+    """In an id, a prompt_id, a key or a value of meta: such a row is left out and counted."""
+    row = {"prompt": "a", "response": "b"}
+    faulty = [
+        {"id": "x\ud83d", **row},
+        {"prompt_id": "x\udc00", **row},
+        {"meta": {"note": ["\ud83d"]}, **row},
+        {"meta": {"\ude00": 1}, **row},
+        {"meta": "\ud83d", **row},
+    ]
+    whole = [{"id": f"\U0001f600{i}", "meta": {"note": "\U0001f600"}, **row} for i in range(45)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*faulty, *whole]))
+    rows, dropped = datafiles.load_rows(str(path), "response")
+    assert [row["id"] for row in rows] == [row["id"] for row in whole]
+    assert dict(dropped) == {"not valid Unicode": 5}
 
 
 def test_a_row_of_a_data_set_whose_columns_contradict_each_other_is_left_out(tmp_path):
@@ -1140,6 +1223,108 @@ def test_an_output_file_that_exists_is_not_touched(refused, bare, tmp_path):
     out.write_text("mine")
     has(refused(generate, *generate_flags(bare, out)), str(out), "there already")
     assert out.read_text() == "mine"
+
+
+def test_an_output_file_is_not_that_of_the_pairs(refused, bare, tmp_path):
+    """generate.py's pairs would replace its answers."""
+    out = tmp_path / "o.jsonl"
+    flags = generate_flags(bare, out, samples=2, judge="toy")
+    for pairs in (out, f"{tmp_path}/./o.jsonl"):
+        has(refused(generate, *flags, "--pairs", pairs), "--pairs and --out are one file")
+    assert not out.exists()
+
+
+class Patient(common.Judge):
+    """A judge that scores a text by its length, and dies rather than score more than `most`."""
+
+    def __init__(self, key, most):
+        super().__init__("patient", None)
+        self.key = key
+        self.most = most
+
+    def ask(self, kind, items, again):
+        self.most -= len(items)
+        if self.most < 0:
+            raise KeyboardInterrupt
+        return [len(text) for _, text in items]
+
+
+def prompts_and_answers(word: str, ending: str = "") -> tuple[list[dict], list[dict]]:
+    """Three prompts, and two answers to each, the second of which is the longer one."""
+    rows = [{"id": str(i), "prompt": [user(f"{word} {i}")]} for i in range(3)]
+    answers = []
+    for row in rows:
+        for text in ("short", "longer"):
+            meta = {"finish": "stop"}
+            answers.append({**row, "response": f"{text}{ending}", "meta": meta})
+    return rows, answers
+
+
+def pairs_config(folder) -> generate.Config:
+    """Flags of generate.py --pairs that scores two answers at a time."""
+    files = {"data": str(folder / "d.jsonl"), "out": str(folder / "a.jsonl")}
+    files["pairs"] = str(folder / "pairs.jsonl")
+    return generate.Config(model="m", **files, n=2, batch=2, judge="toy")
+
+
+def test_scores_of_another_judge_or_of_other_texts_are_not_gone_on_with(tmp_path, capsys):
+    """Killed after two of six scores, --pairs is refused another judge, prompt or answer.
+
+    With what it was begun with, it asks for the four that are missing.
+    """
+    c = pairs_config(tmp_path)
+    begun = prompts_and_answers("p")
+    with pytest.raises(KeyboardInterrupt):
+        generate.write_pairs(*begun, Patient("one", most=3), c)
+    part = Path(f"{c.pairs}.scores.part0")
+    before = part.read_bytes()
+
+    for key, (rows, answers) in (
+        ("two", begun),
+        ("one", prompts_and_answers("q")),
+        ("one", prompts_and_answers("p", ending="!")),
+    ):
+        with pytest.raises(SystemExit) as end:
+            generate.write_pairs(rows, answers, Patient(key, most=0), c)
+        assert end.value.code == 2
+        has(capsys.readouterr().err, str(part), "was begun with other settings")
+    assert part.read_bytes() == before
+
+    generate.write_pairs(*begun, Patient("one", most=4), c)
+    pairs = [json.loads(line) for line in Path(c.pairs).read_text().splitlines()]
+    assert [(pair["id"], pair["prompt"]) for pair in pairs] == [
+        (row["id"], row["prompt"]) for row in begun[0]
+    ]
+    assert {(pair["chosen"], pair["rejected"]) for pair in pairs} == {("longer", "short")}
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_answers_are_paired_only_with_the_prompts_that_they_answer(tmp_path, capsys):
+    """An --out whose ids are not the data's, or name other prompts there, is not judged."""
+    c = pairs_config(tmp_path)
+    rows, answers = prompts_and_answers("p")
+    edited, _ = prompts_and_answers("p")
+    edited[2]["prompt"] = [user("P 2")]
+    for others in (edited, rows[:2]):
+        with pytest.raises(SystemExit) as end:
+            generate.write_pairs(others, answers, Patient("one", most=0), c)
+        assert end.value.code == 2
+        line = f"error: {c.out} has answers to other prompts than {c.data}: delete it\n"
+        assert capsys.readouterr().err == line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_dnpo_is_not_shortened(tmp_path, capsys):
+    """With fewer --iterations than it has gone through, its results would leave some out."""
+    after = tmp_path / "iter3"
+    after.mkdir()
+    with pytest.raises(SystemExit) as end:
+        dnpo.all_iterations(dnpo.Config(warmup_iterations=1, iterations=1), tmp_path)
+    assert end.value.code == 2
+    line = f"error: {after} is there already: this run had a larger --iterations\n"
+    assert capsys.readouterr().err == line
+    gone_on = dnpo.all_iterations(dnpo.Config(warmup_iterations=1, iterations=2), tmp_path)
+    assert [at.number for at in gone_on] == [0, 1, 2, 3]
 
 
 def test_a_run_is_resumed_only_with_its_own_config(

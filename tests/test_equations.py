@@ -35,6 +35,7 @@ from dnpo import (
     lr_factor,
     micro_batches,
     model_losses,
+    noise_drop,
     noise_losses,
     noisy_token_logps,
     preference_losses,
@@ -124,6 +125,14 @@ def naive_logp(lm, prompt: list[int], answer: list[int]) -> Tensor:
     return logp
 
 
+def naive_kl(logps: list[float], others: list[float]) -> float:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v)."""
+    total = 0.0
+    for logp, other in zip(logps, others, strict=True):
+        total += math.exp(logp) * (logp - other)
+    return total
+
+
 class NoisyToken(NamedTuple):
     """What the noise makes of token j of a rejected answer."""
 
@@ -168,7 +177,7 @@ def naive_noisy_answer(
         noisy = naive_noisy_logits(z, sigma, eps)
         logps = naive_log_softmax(noisy)
         clean = naive_log_softmax(z)
-        drop = sum(math.exp(clean[v]) * (clean[v] - logps[v]) for v in range(V))
+        drop = naive_kl(clean, logps)
 
         # d log softmax(z^)[y] / d z^_v = 1[v = y] - p_v, and d z^_v / d sigma_v = eps_v
         slope = [-eps[v] * math.exp(logps[v]) for v in range(V)]
@@ -380,7 +389,25 @@ def test_noisy_token_logps_adds_sigma_times_eps_to_the_logits():
         noisy = naive_noisy_logits(logits[i].tolist(), std[i].tolist(), eps[i].tolist())
         naive.append(naive_log_softmax(noisy)[y])
     assert noisy_token_logps(logits, std, eps, targets).tolist() == near(naive)
-    assert noisy_token_logps(logits.bfloat16(), std, eps, targets).dtype == torch.float32
+
+
+def test_from_bf16_the_noise_is_computed_in_float32():
+    """log softmax(z + sigma eps)[y] and KL(pi || p_noise) of the numbers that bf16 stands for."""
+    g = torch.Generator().manual_seed(1)
+    logits = (2 * torch.randn(7, V, generator=g)).bfloat16()
+    std = torch.rand(7, V, generator=g).bfloat16()
+    eps = torch.randn(7, V, generator=g).bfloat16()
+    targets = torch.tensor([0, 5, 22, 3, 3, 11, 7])
+
+    logps, drops = [], []
+    for i, y in enumerate(targets.tolist()):
+        z = logits[i].tolist()
+        noisy = naive_log_softmax(naive_noisy_logits(z, std[i].tolist(), eps[i].tolist()))
+        logps.append(noisy[y])
+        drops.append(naive_kl(naive_log_softmax(z), noisy))
+    for e in (eps, eps.float()):
+        assert noisy_token_logps(logits, std, e, targets).tolist() == near(logps)
+        assert noise_drop(logits, std, e).tolist() == near(drops)
 
 
 def logps_of_pairs() -> tuple[Tensor, Tensor]:
@@ -610,6 +637,34 @@ def test_the_noisy_reference_is_exact_on_positives_and_noisy_on_negatives():
     assert [found.requires_grad for found in of_rejected] == [False, False, True]
 
 
+def test_under_bf16_the_noisy_reference_goes_on_in_float32_behind_logits_and_sigma():
+    """Log-probs, KL and mean_v sigma^2 are float64's, of the logits and sigmas in bf16."""
+    reference = noisy_reference()
+    kept = []
+    for module in (reference.lm.lm_head, reference.noise):
+        module.register_forward_hook(lambda module, args, out: kept.append(out))
+    pair = Pair([3, 4, 5], [6, 7], [8, 9, 10, 11, 12, 13, 14], "pair")
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, clean_logp, drop, square = reference(*collate_pairs([pair], "cpu"), [100])
+    of_chosen, logits, sigmas = kept
+    assert {out.dtype for out in kept} == {torch.bfloat16}
+
+    chosen = noisy = clean = kl = squares = 0.0
+    for z, y in zip(of_chosen.tolist(), pair.chosen, strict=True):
+        chosen += naive_log_softmax(z)[y]
+    for j, y in enumerate(pair.rejected):
+        z, sigma = logits[j].tolist(), sigmas[j].tolist()
+        eps = draw([(100, j)], V, "cpu")[0].tolist()
+        quiet = naive_log_softmax(z)
+        loud = naive_log_softmax(naive_noisy_logits(z, sigma, eps))
+        clean += quiet[y]
+        noisy += loud[y]
+        kl += naive_kl(quiet, loud)
+        squares += mean([s**2 for s in sigma])
+    assert logps.tolist() == near([chosen, noisy])
+    assert [clean_logp.item(), drop.item(), square.item()] == near([clean, kl, squares])
+
+
 def test_the_drop_is_the_mean_fall_of_the_log_prob():
     """sigma = 0: exactly 0. Else above 0, and as large as the falls are on average over draws.
 
@@ -802,7 +857,7 @@ def recording_sgd(log: list[Update]):
 
     class RecordingSGD(torch.optim.SGD):
         def __init__(self, params, lr, weight_decay):
-            super().__init__(params, lr)
+            super().__init__(params, lr, weight_decay=weight_decay)
             self.who = next(names)
 
         def step(self):
@@ -823,15 +878,22 @@ class RandomHead(NoiseHead):
 
 
 def run_train(
-    monkeypatch, folder, pairs: list[Pair], noise: bool = True, start=None, **flags
+    monkeypatch,
+    folder,
+    pairs: list[Pair],
+    noise: bool = True,
+    start=None,
+    head=RandomHead,
+    number: int = 3,
+    **flags,
 ) -> tuple[list[dict], list[Update]]:
-    """dnpo.train() as iteration 3 on a tiny model, with SGD in AdamW's place.
+    """dnpo.train() as iteration `number` on a tiny model, with SGD in AdamW's place.
 
     Returns the lines of metrics and the steps of all optimizers.
     """
     log = []
     monkeypatch.setattr(torch.optim, "AdamW", recording_sgd(log))
-    monkeypatch.setattr(dnpo, "NoiseHead", RandomHead)
+    monkeypatch.setattr(dnpo, "NoiseHead", head)
     values = {
         "parallel": "none",
         "dtype": "float32",
@@ -846,9 +908,10 @@ def run_train(
     values.update(flags)
 
     (start or tiny_lm(1)).save_pretrained(folder / "start")
-    (folder / "iter3").mkdir()
+    iteration_folder = folder / f"iter{number}"
+    iteration_folder.mkdir()
     model = Model(str(folder / "start"), toy.tokenizer(), torch.device("cpu"), torch.float32)
-    at = Iteration(3, dsl=True, npo=noise, folder=folder / "iter3", save_dtype="float32")
+    at = Iteration(number, dsl=True, npo=noise, folder=iteration_folder, save_dtype="float32")
     dnpo.train(Config(**values), at, pairs, model)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], log
@@ -879,11 +942,16 @@ def set_weights(lm, weights: list[Tensor]):
         p.data = value.double()
 
 
-def check_gradients(update: Update, naive: NaiveStep):
+def check_gradients(update: Update, naive: NaiveStep, clip: float) -> float:
+    """Compares a step's gradients, clipped, with the naive ones; returns the norm of these."""
     exact = naive.noise
     if update.who == "policy":
         exact = naive.theta
-    torch.testing.assert_close(update.grads, exact, atol=2e-6, rtol=2e-4, check_dtype=False)
+    norm = math.sqrt(sum(grad.square().sum().item() for grad in exact))
+    shrink = min(1.0, clip / norm)
+    clipped = [shrink * grad for grad in exact]
+    torch.testing.assert_close(update.grads, clipped, atol=2e-6, rtol=2e-4, check_dtype=False)
+    return norm
 
 
 def after(update: Update, lr: float) -> list[Tensor]:
@@ -898,16 +966,17 @@ def copies(module) -> list[Tensor]:
     return [p.detach().clone() for p in module.parameters()]
 
 
-@pytest.mark.parametrize("how", UPDATES)
-def test_the_training_loops_gradients_are_those_of_objective_10(monkeypatch, tmp_path, how):
+@pytest.mark.parametrize("how, clip", [*[(how, 1e9) for how in UPDATES], ("joint", 0.01)])
+def test_the_training_loops_gradients_are_those_of_objective_10(monkeypatch, tmp_path, how, clip):
     """On theta: d l, the noise held. On (W, b): -d l + alpha d mean(sigma^2). And the metrics.
 
     At every step, with an uneven last micro-batch. joint: both gradients come before either moves;
     alternating: the noise moves first, and the model sees noise of its own; offset: the model's
-    margins are without noise and lower by its mean drop.
+    margins are without noise and lower by its mean drop. Each of the two gradients is clipped to
+    `clip`, its norm is logged unclipped, and nothing decays.
     """
     pairs = random_pairs(7)
-    flags = {"batch": 5, "micro_batch": 2, "warmup": 1.0}
+    flags = {"batch": 5, "micro_batch": 2, "warmup": 1.0, "clip": clip}
     logged = LOGGED
     if how != "off":
         flags["noise_update"] = how
@@ -920,6 +989,7 @@ def test_the_training_loops_gradients_are_those_of_objective_10(monkeypatch, tmp
     head = set_noise(NoiseHead(D, V, "0", seed=0))
     weights = {"policy": copies(tiny_lm(1)), "noise": copies(head)}
     updates = iter(log)
+    norms = {}
     for step, factor in enumerate([0.5, 1.0]):  # 5 pairs at half the learning rates, then 2
         for name, movers in UPDATES[how]:
             some = [pairs[i] for i in order[step]]
@@ -931,13 +1001,15 @@ def test_the_training_loops_gradients_are_those_of_objective_10(monkeypatch, tmp
             for who in movers:
                 update = next(updates)
                 assert update.who == who
-                check_gradients(update, naive)
+                norms[who] = check_gradients(update, naive, clip)
+                assert clip == 1e9 or norms[who] > 2 * clip
                 torch.testing.assert_close(update.weights, weights[who])
                 weights[who] = after(update, factor * LR[who])
 
         # naive is the model's update now: what is logged is measured in it
-        norm = math.sqrt(sum(grad.square().sum().item() for grad in naive.theta))
-        assert metrics[step]["grad_norm"] == near(norm, rel=1e-4)
+        assert metrics[step]["grad_norm"] == near(norms["policy"], rel=1e-4)
+        if how != "off":
+            assert metrics[step]["noise/grad_norm"] == near(norms["noise"], rel=1e-4)
         for key in logged:
             assert metrics[step][key] == near(naive.metrics[key]), key
 
@@ -945,6 +1017,24 @@ def test_the_training_loops_gradients_are_those_of_objective_10(monkeypatch, tmp
     assert [line["lr"] for line in metrics] == pytest.approx([0.25, 0.5])
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "iter3" / "checkpoint")
     torch.testing.assert_close(copies(saved), weights["policy"])
+
+
+def test_the_noise_starts_elsewhere_in_every_iteration_and_with_every_seed(monkeypatch, tmp_path):
+    """A linear start draws W and b by --seed and iteration: the same two draw the same again."""
+    flags = {"head": NoiseHead, "noise_init": "linear", "batch": 2, "max_steps": 1}
+    starts = []
+    for i, (seed, number) in enumerate([(0, 3), (0, 3), (0, 4), (1, 3)]):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        _, log = run_train(monkeypatch, folder, random_pairs(2), number=number, seed=seed, **flags)
+        [of_noise] = [update for update in log if update.who == "noise"]
+        starts.append(of_noise.weights[0])
+
+    first, same, *others = starts
+    assert torch.equal(first, same)
+    assert not torch.equal(first, others[0])
+    assert not torch.equal(first, others[1])
+    assert not torch.equal(others[0], others[1])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

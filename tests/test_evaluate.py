@@ -240,7 +240,7 @@ def test_a_judge_that_always_says_a_makes_ties_and_flips(tmp_path):
     rows = verdicts_of(tmp_path, judge, ["long answer", "b", "same"], ["x", "yy", "same"])
     found = versus(rows)
     assert (found["win"], found["tie"], found["loss"]) == (0, 1, 0)
-    assert (found["flip_rate"], found["longer_wins"]) == (1, None)
+    assert (found["flip_rate"], found["longer_wins"], found["decided"]) == (1, None, 0)
     assert (found["gap"], found["gap_low"], found["gap_high"]) == (0, 0, 0)
     assert found["win_rate"] == 0.5
     assert len(judge.questions) == 4
@@ -251,7 +251,7 @@ def test_verdicts_are_counted_as_they_were_given(tmp_path):
     """Longer texts that win, an unreadable judge left out and counted, the signs of the gap."""
     mine, others = ["aaa", "bb", "c", "dd"], ["x", "yyy", "zz", "ee"]
     found = versus(verdicts_of(tmp_path, MadeUp(the_longer), mine, others))
-    assert found["longer_wins"] == 1
+    assert (found["longer_wins"], found["decided"]) == (1, 3)
     assert found["flip_rate"] == 0
     assert (found["win"], found["tie"], found["loss"]) == (0.25, 0.25, 0.5)
     assert (found["gap"], found["win_rate"]) == (-0.25, 0.375)
@@ -531,14 +531,18 @@ def test_win_tie_loss_and_scores_are_the_judges(world, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("rule,warned", [(the_longer, True), (the_shorter, False)])
 def test_a_judge_that_counts_words_is_named(rule, warned, world, tmp_path, monkeypatch, capsys):
-    """The warning, on stderr, with the share; none for a judge that doesn't mind."""
+    """The warning, on stderr, with the share; none for a judge that doesn't mind, or of few."""
     judge = MadeUp(rule)
     monkeypatch.setattr(evaluate, "make_judge", lambda *arguments, **named: judge)
-    flags = [world / "sft", "--against", world / "sft-small", "--data", world / "test.jsonl"]
-    flags += ["--judge", "hf:0", "--limit", 20, "--max_response", 12, "--temperature", 1]
-    run(monkeypatch, evaluate, *flags, "--out", tmp_path / "out")
+    flags = [world / "sft", "--against", world / "sft-small", "--data", world / "train.jsonl"]
+    flags += ["--judge", "hf:0", "--max_response", 12, "--temperature", 1]
     warning = "the longer answer won 100% of the decided comparisons"
+    run(monkeypatch, evaluate, *flags, "--limit", 40, "--out", tmp_path / "out")
+    assert evaluated(tmp_path)["decided"] >= 20
     assert (warning in capsys.readouterr().err) == warned
+
+    run(monkeypatch, evaluate, *flags, "--limit", 19, "--out", tmp_path / "few")
+    assert warning not in capsys.readouterr().err
 
 
 def test_a_killed_comparison_goes_on_and_asks_nothing_twice(world, tmp_path, monkeypatch, capsys):
@@ -856,8 +860,11 @@ def made_up(folder, config: dict, results: dict, metrics: list[dict], files=None
     return folder
 
 
-def dnpo_run(tmp_path, name: str, seed: int, scores: list[list[float]], **config):
-    """Three iterations (start, SPIN, DNPO), a held-out answer per score, and made-up losses."""
+def dnpo_run(tmp_path, name: str, seed: int, scores: list[list[float]], asked: str = "a", **config):
+    """Three iterations (start, SPIN, DNPO), a held-out answer per score, and made-up losses.
+
+    asked: how the held-out prompts begin.
+    """
     config = {
         "noise_init": 0.1,
         "labels": "judge",
@@ -882,7 +889,10 @@ def dnpo_run(tmp_path, name: str, seed: int, scores: list[list[float]], **config
     for k, row in enumerate(scores):
         shares = {"win": 0.25 * k, "tie": 0.25, "loss": 0.75 - 0.25 * k}
         iterations.append({"iteration": k, "score": mean(row), **shares})
-        answers = [{"id": str(i), "meta": {"score": score}} for i, score in enumerate(row)]
+        answers = []
+        for i, score in enumerate(row):
+            prompt = [{"role": "user", "content": f"{asked} {i}"}]
+            answers.append({"id": str(i), "prompt": prompt, "meta": {"score": score}})
         files[f"iter{k}/test.jsonl"] = answers
     for k in (1, 2):
         logps = []
@@ -1224,6 +1234,9 @@ def test_the_sweep_figure_plots_every_axis_of_all_files(tmp_path, capsys):
     with pytest.raises(SystemExit):
         figures.sweep_figure([tmp_path / "c.json"])
     assert "c.json: no sweep of bench.py" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        figures.sweep_figure([tmp_path / "a.json", tmp_path / "a.json"])
+    assert "a.json: a second sweep of length" in capsys.readouterr().err
 
 
 def test_sams_figures_plot_the_runs_numbers(tmp_path):
@@ -1374,6 +1387,53 @@ def test_runs_are_compared_seed_by_seed_and_row_by_row(tmp_path, monkeypatch):
     assert dnpo_row["held out"] == 4
 
 
+def test_runs_on_other_prompts_or_of_one_seed_are_not_compared(tmp_path, monkeypatch, capsys):
+    """Rows of equal ids but other prompts are no pairs; a seed that is there twice is named."""
+    scores = [[0.0], [1.0], [2.0, 3.0]]
+    spin = dnpo_run(tmp_path, "spin", 0, scores, labels="annotation", noise=False)
+    dnpo_row = dnpo_run(tmp_path, "dnpo", 0, scores)
+    other = dnpo_run(tmp_path, "other", 0, scores, asked="b", noise_init=0.5)
+    again = dnpo_run(tmp_path, "again", 0, scores)
+    cases = [
+        ([spin, other], "DNPO has no held-out prompt in common with the first kind"),
+        ([spin, dnpo_row, again], f"{dnpo_row} and {again} are both DNPO with seed 0"),
+    ]
+    for folders, line in cases:
+        with pytest.raises(SystemExit) as stop:
+            compared(monkeypatch, tmp_path, *folders)
+        assert stop.value.code == 2
+        assert line in capsys.readouterr().err
+    assert figures.duel(read_run(str(spin)), read_run(str(other))) == []
+
+    named = compared(monkeypatch, tmp_path, spin, dnpo_row, f"{again}=again")
+    assert [row["runs"] for row in named] == ["SPIN", "DNPO", "again"]
+
+
+def test_a_training_that_was_made_again_stands_in_its_place(tmp_path):
+    """Its lines stand behind those of later ones in the file; figures go by iteration and step."""
+    folder = dnpo_run(tmp_path, "run", 0, [[1.0]] * 3)
+    lines_of = lines(folder / "metrics.jsonl")
+    write_rows(folder / "metrics.jsonl", lines_of[2:] + lines_of[:2])
+    found = read_run(str(folder)).metrics
+    places = [(line["iteration"], line["step"], line["loss"]) for line in found]
+    assert places == [(1, 1, 1.1), (1, 2, 1.2), (2, 1, 2.1), (2, 2, 2.2)]
+
+
+def test_the_controls_figures_are_drawn_without_an_ablation(tmp_path, monkeypatch):
+    """Fig. 8 has four rows, offset is none of them; figures.json keeps what is not drawn now."""
+    pytest.importorskip("matplotlib")
+    control = dnpo_run(tmp_path, "run", 0, [[1.0]] * 3, noise_update="offset")
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    (drawn / "figures.json").write_text(json.dumps({"tso-fig3": [{"a": 1}], "dnpo-noise": []}))
+    run(monkeypatch, evaluate, "--figures", control, "--out", drawn)
+    numbers = json.loads((drawn / "figures.json").read_text())
+    assert "dnpo-fig8-ablation" not in numbers
+    assert numbers["tso-fig3"] == [{"a": 1}]
+    assert numbers["dnpo-noise"] != []
+    assert [row["score"] for row in numbers["dnpo-fig5-score"]] == [1.0] * 3
+
+
 def test_selectors_are_compared_by_the_pairs_that_they_get_right(tmp_path, monkeypatch, capsys):
     """A margin above 0 is right. Every share of flips is a task of its own, with its own first."""
     margins = {
@@ -1443,7 +1503,11 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.json").write_text('[{"instruction": " "}]')
     (tmp_path / "long.json").write_text(json.dumps([{"instruction": "a" * 2000}]))
     (tmp_path / "half").mkdir()
-    made_up(tmp_path / "odd", {"seed": 0}, {}, [])
+    made_up(tmp_path / "odd", {"seed": 0}, {}, [{"step": 1}])
+    dnpo_run(tmp_path, "untrained", 0, [[1.0]] * 3)
+    (tmp_path / "untrained" / "metrics.jsonl").write_text("")
+    dnpo_run(tmp_path, "torn", 0, [[1.0]] * 3)
+    (tmp_path / "torn" / "results.json").write_text('{"iterations": [')
     forbid(monkeypatch, common, "load_lm", "a model was loaded")
 
     sft = world / "sft"
@@ -1464,7 +1528,9 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch, capsys):
         ("broken.jsonl:1: broken JSON", [sft, "--pairs", broken]),
         ("not a model", [tmp_path, *pairs[1:]]),
         ("not a model", [*pairs, "--reference", tmp_path]),
-        ("no pair left", [*pairs, "--max_response", 10**6]),
+        ("fills", [*pairs, "--max_response", 10**6]),
+        ("stands before the flag", [sft, "--compare", tmp_path / "half"]),
+        ("stands before the flag", [sft, "--figures", tmp_path / "half"]),
         ("columns", [sft, "--pairs", world / "test.jsonl"]),
         ("needs --data and --judge", [sft, "--against", "annotations"]),
         ("needs --data and --judge", score),
@@ -1476,6 +1542,8 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch, capsys):
         ("question 1 needs up to", [*alpaca_eval, "--questions", tmp_path / "long.json"]),
         ("no finished run", ["--figures", tmp_path / "half"]),
         ("not a run of", ["--figures", tmp_path / "odd"]),
+        ("metrics.jsonl is empty", ["--figures", tmp_path / "untrained"]),
+        ("results.json is damaged", ["--compare", tmp_path / "torn"]),
         ("is no folder", [*pairs, "--out", world / "pairs.jsonl"]),
     ]
     for cause, flags in cases:

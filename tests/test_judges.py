@@ -5,17 +5,20 @@ It is never invented.
 
 import contextlib
 import json
+import math
 import re
 import sys
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 
 import pytest
 import torch
 
 import common
+import dnpo
 import generate
 import toy
 from common import Judge, TextJudge, make_judge, read_score, read_verdict
@@ -397,7 +400,7 @@ def test_more_than_a_fifth_unreadable_ends_the_run(tmp_path, capsys):
     message = str(end.value.code)
     assert "5 of 20" in message
     assert "fake" in message
-    assert "could not be read" in message
+    assert message.endswith("could not be read; use a judge that follows the prompt in common.py")
     assert "\n" not in message
     assert Fake(always(0.0), tmp_path / "other").score(items[5:20]) == [7.0] * 15
 
@@ -468,6 +471,88 @@ def test_a_reward_is_the_models_output_at_the_end_of_the_conversation(tmp_path):
     assert judge.full is None  # a reward has no best mark
     judge.free()
     assert judge.score([(p, "b")]) == pytest.approx([other], abs=1e-5)
+
+
+D = 10  # the toy tokenizer's id of the letter d
+
+
+class Reward(NamedTuple):
+    """What a reward model gives for a text."""
+
+    logits: torch.Tensor  # [1, 1]
+
+
+def broken_reward_judge(monkeypatch, folder, reward: float) -> Judge:
+    """A reward model that gives `reward` where an answer has a d in it, else its length."""
+    if not (folder / "rm").exists():
+        reward_model(folder / "rm", 1)
+    judge = make_judge(f"rm:{folder / 'rm'}", folder / "cache")
+
+    def model(input_ids):
+        broken = D in input_ids
+        return Reward(torch.tensor([[reward if broken else float(input_ids.shape[1])]]))
+
+    monkeypatch.setattr(judge, "load", lambda: model)
+    return judge
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_is_unreadable(monkeypatch, tmp_path, reward):
+    """It is no score, loses and wins against nothing, and is not kept in the cache."""
+    judge, p = broken_reward_judge(monkeypatch, tmp_path, reward), user("cab")
+    assert judge.score([(p, "abc"), (p, "d"), (p, "b")]) == [10, None, 8]
+    verdicts = judge.compare([(p, "d", "b"), (p, "b", "d"), (p, "d", "dd"), (p, "abc", "b")])
+    assert verdicts == [None, None, None, "A"]
+
+    kept = make_judge(judge.spec, tmp_path / "cache").known
+    assert Counter(kept.values()) == {10: 1, 8: 1, "A": 1}
+
+
+def talks(answers: list[str]) -> list[dict]:
+    """Rows with these answers, to a prompt of its own each."""
+    rows = []
+    for i, answer in enumerate(answers):
+        prompt = user("p" * (i + 1))
+        row = {"id": str(i), "prompt": prompt, "response": answer, "meta": {"finish": "stop"}}
+        rows.append(row)
+    return rows
+
+
+def test_a_reward_that_is_not_finite_is_no_label_and_many_end_the_run(monkeypatch, tmp_path):
+    """DNPO leaves the row out; more than a fifth, and one line says what is wrong."""
+
+    def label(folder, annotated: list[str], generated: list[str]) -> list[dict]:
+        judge = broken_reward_judge(monkeypatch, tmp_path, math.nan)
+        at = dnpo.Iteration(2, dsl=True, npo=False, folder=tmp_path / folder, save_dtype="float32")
+        return dnpo.label(dnpo.Config(), at, talks(annotated), talks(generated), judge)
+
+    pairs = label("few", ["ab"] * 10, ["d", "abc", "a", *["abc"] * 7])
+    whys = [row["meta"]["why"] for row in pairs]
+    assert whys == ["unreadable"] + [None] * 9
+    assert [row["chosen"] for row in pairs[1:]] == ["abc", "ab", *["abc"] * 7]
+
+    with pytest.raises(SystemExit) as end:
+        label("many", ["ad"] * 12, ["d"] * 12)
+    assert end.value.code == (
+        f"error: rm:{tmp_path / 'rm'}: 24 of 24 judgements could not be read; "
+        "texts are longer than its context, or its rewards are not finite"
+    )
+
+
+def test_a_text_beyond_a_reward_models_context_is_unreadable(tmp_path):
+    """128 tokens are read, 129 are not; what is asked with them is answered in its place."""
+    model, p = reward_model(tmp_path / "rm", 1), user("cab")
+    fits = "a" * 121
+    with torch.no_grad():
+        ids = torch.tensor([[1, 4, 9, 7, 8, 5, *[7] * 121, 2]])
+        reward = model(input_ids=ids).logits.item()
+    assert ids.shape[1] == model.config.max_position_embeddings == 128
+
+    judge = make_judge(f"rm:{tmp_path / 'rm'}", None)
+    short, *scores = judge.score([(p, "abc"), (p, fits + "a"), (p, fits), (p, fits + "aa")])
+    assert [short] == judge.score([(p, "abc")])
+    assert scores == [None, pytest.approx(reward, abs=1e-5), None]
+    assert judge.compare([(p, fits + "a", "abc"), (p, "abc", fits + "a")]) == [None, None]
 
 
 def test_a_model_with_two_outputs_is_no_reward_model(tmp_path, capsys):
@@ -588,7 +673,35 @@ def save_ascii_tokenizer(folder):
     tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=chr(3), unk_token="?")
     tok.chat_template = "{{ messages[0]['content'] }}"
     tok.save_pretrained(folder)
-    LlamaConfig(vocab_size=128).save_pretrained(folder)
+    LlamaConfig(vocab_size=128, max_position_embeddings=2048).save_pretrained(folder)
+
+
+def test_a_question_beyond_a_local_models_context_is_unreadable(tmp_path, monkeypatch):
+    """Question, answer begun, and 5 tokens more are within it, or the answer is None.
+
+    The others are answered in their places, and nothing is asked where nothing is left.
+    """
+    save_ascii_tokenizer(tmp_path)  # a token a letter
+    room = 2048 - 5 - len(common.SCORE_PROMPT.format(prompt="p", a="") + common.RATING)
+    asked = []
+
+    def sample(lm, tok, prompts, *more):
+        asked.append(len(prompts))
+        answers = []
+        for ids in prompts:
+            number = ids.count(ord("~"))
+            answers.append(common.Drawn(f"{number}]]", "stop"))
+        return answers
+
+    monkeypatch.setattr(common, "load_lm", a_model)
+    monkeypatch.setattr(common, "sample", sample)
+    judge = make_judge(f"hf:{tmp_path}", None)
+    items = [
+        (user("p"), "~" * n + "y" * m) for n, m in ((3, room), (2, room - 2), (4, 0), (1, room))
+    ]
+    assert judge.score(items) == [None, 2, 4, None]
+    assert judge.score(items[:1] + items[3:]) == [None, None]
+    assert asked == [2]
 
 
 def test_a_local_model_is_held_to_the_form(world, tmp_path, monkeypatch):

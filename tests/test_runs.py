@@ -8,6 +8,7 @@ import math
 import random
 import shutil
 import signal
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -466,6 +467,26 @@ def test_a_finished_run_resumed_stays_as_it_is(monkeypatch, plain, flags):
     assert {path: path.read_bytes() for path in plain.rglob("*.jsonl")} == files
 
 
+def test_a_run_of_no_iteration_is_refused(monkeypatch, capsys, flags, tmp_path):
+    """Neither SPIN's nor DNPO's: one line, and no folder."""
+    none = flags(tmp_path / "run", iterations=0, warmup_iterations=0)
+    line = refused(monkeypatch, capsys, dnpo, none)
+    assert "--iterations 0 and --warmup_iterations 0: there is nothing to train" in line
+    assert not list(tmp_path.iterdir())
+    assert dnpo.Config(iterations=0).warmup_iterations == 1  # plain SPIN
+    assert dnpo.Config(warmup_iterations=0).iterations == 3
+
+
+def test_a_run_cannot_be_made_shorter(monkeypatch, capsys, plain, flags, tmp_path):
+    """--resume with fewer --iterations than there are is one line, and leaves the results."""
+    out = tmp_path / "run"
+    shutil.copytree(plain, out)
+    line = refused(monkeypatch, capsys, dnpo, [*flags(out, iterations=0), "--resume"])
+    assert line == f"error: {out / 'iter2'} is there already: this run had a larger --iterations\n"
+    assert results(out) == results(plain)
+    assert metrics(out) == metrics(plain)
+
+
 # ---------------------------------------------------------------- generate.py
 
 
@@ -716,6 +737,34 @@ def test_a_row_has_the_better_answer_on_top_or_says_why_it_is_left_out(
     }
 
 
+@pytest.mark.parametrize(
+    "annotated, generated, ties, why",
+    [
+        (7, 3, "keep", None),
+        (3, 7, "keep", None),
+        (5, 5, "keep", None),
+        (5, 5, "drop", "tie"),
+        (None, 7, "keep", "unreadable"),
+        (3, None, "drop", "unreadable"),
+    ],
+)
+def test_only_a_label_can_be_flipped(annotated, generated, ties, why):
+    """--judge_noise turns a label round and says so; where there is none the row stays as it is."""
+    row = {"id": "r", "prompt": [{"role": "user", "content": "ba"}]}
+    answers = Answer("ab", True, annotated), Answer("ba", False, generated)
+    at = dnpo.Iteration(2, dsl=True, npo=False, folder=Path("iter2"), save_dtype="float32")
+    c = dnpo.Config(ties=ties)
+    asis, turned = [dnpo.preference_row(c, at, row, *answers, flip) for flip in (False, True)]
+    assert turned["meta"]["why"] == why
+    assert turned["meta"]["flipped"] is (why is None)
+    if why:
+        assert turned == asis
+    else:
+        assert (turned["chosen"], turned["rejected"]) == (asis["rejected"], asis["chosen"])
+        assert turned["meta"]["swapped"] is not asis["meta"]["swapped"]
+        assert turned["meta"]["chosen_ended"] == asis["meta"]["rejected_ended"]
+
+
 def test_a_judge_that_errs_flips_exactly_its_share_of_labels(monkeypatch, flags, world, tmp_path):
     """7 of 37 rows have the judge's label turned round and say so, others in each iteration.
 
@@ -754,17 +803,27 @@ def test_a_judge_that_errs_flips_exactly_its_share_of_labels(monkeypatch, flags,
 
 
 def test_every_iteration_draws_its_answers_with_a_seed_of_its_own(monkeypatch):
-    """The same noise twice would give the same answers where the policy has hardly moved."""
+    """The same noise twice would give the same answers where the policy has hardly moved.
+
+    So for the answers that are trained on, the held-out ones, and the new ones of Fig. 2.
+    """
     seeds = []
 
     def note(out, rows, model, sampling, seed, note):
         seeds.append(seed)
+        raise Killed
 
     monkeypatch.setattr(common, "generate", note)
     for seed, number in ((0, 1), (0, 2), (1, 1)):
+        c = dnpo.Config(seed=seed)
         at = dnpo.Iteration(number, True, True, Path(f"iter{number}"), "float32")
-        dnpo.sample_answers(dnpo.Config(seed=seed), at, [], None, None)
-    assert len(set(seeds)) == 3
+        with pytest.raises(Killed):
+            dnpo.sample_answers(c, at, [], None, None)
+        with pytest.raises(Killed):
+            dnpo.measure(c, at, None, [], None, None)
+        with pytest.raises(Killed):
+            dnpo.measure_logps(c, at, None, [], None)
+    assert len(set(seeds)) == len(seeds) == 9
 
 
 def dies_after(calls: int):
@@ -1027,7 +1086,10 @@ def test_reported_log_probs_are_the_trained_models(plain):
 
 
 def test_an_answer_that_was_cut_is_measured_without_an_end(monkeypatch, world, tmp_path):
-    """The log-prob of a new or a rejected answer has an end token in it only if it ended."""
+    """The log-prob of a new or a rejected answer has an end token in it only if it ended.
+
+    A pair without a label is not measured, nor counted among the first --test_prompts.
+    """
     source = str(world / "sft")
     tok, _ = common.load_tokenizer(source)
     model = Model(source, tok, torch.device("cpu"), torch.float32)
@@ -1041,13 +1103,18 @@ def test_an_answer_that_was_cut_is_measured_without_an_end(monkeypatch, world, t
     ids = tok.convert_tokens_to_ids(["a", "<unk>"])  # sampled as no text can say
     new.append({"response": "a<unk>", "meta": {"finish": "length", "sampled_ids": [ids]}})
     pairs.append({**pairs[0], "id": "sampled"})
+    tie = {**pairs[0]["meta"], "why": "tie"}
+    asked = []
 
-    def drawn(*args, **more):
+    def drawn(out, rows, *more, note):
+        asked.extend(row["id"] for row in rows)
         return new
 
     monkeypatch.setattr(common, "generate", drawn)
     at = dnpo.Iteration(2, dsl=True, npo=True, folder=tmp_path, save_dtype="float32")
-    dnpo.measure_logps(dnpo.Config(), at, model, pairs, sampling=None)
+    pairs = [{**pairs[0], "id": "tie", "meta": tie}, *pairs]
+    dnpo.measure_logps(dnpo.Config(test_prompts=3), at, model, pairs, sampling=None)
+    assert asked == ["stop", "length", "sampled"]
 
     lm = model.load()
     whole, cut, unknown = lines(tmp_path / "logps.jsonl")
@@ -1092,6 +1159,22 @@ def test_samples_show_three_prompts_after_every_iteration(plain):
         for row in lines(plain / f"iter{i}/test.jsonl")[:3]:
             assert f"## {prompt_of(row)}\n\nannotated: {row['annotated']}\n" in text
             assert f"\niteration {i}: {row['response']}\n" in text
+
+
+def test_swapped_is_a_share_of_the_pairs_that_have_a_label(tmp_path):
+    """Rows that are left out keep the annotation on top, but nobody has put it there."""
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 2, "step": 1, "grad_norm": 0.5}\n')
+    at = dnpo.Iteration(2, dsl=True, npo=False, folder=tmp_path / "iter2", save_dtype="float32")
+    pairs = []
+    for annotated, generated in ((7, 3), (3, 7), (5, 6), (5, 5), (None, 7), (7, None)):
+        row = {"id": "r", "prompt": [{"role": "user", "content": "ba"}]}
+        answers = Answer("ab", True, annotated), Answer("ba", True, generated)
+        pairs.append(dnpo.preference_row(dnpo.Config(ties="drop"), at, row, *answers))
+
+    summary = dnpo.training_summary(tmp_path, at, pairs, [], Counter())
+    assert summary["swapped"] == 2 / 3
+    assert summary["ties"] == 1 / 6
+    assert dnpo.training_summary(tmp_path, at, pairs[3:], [], Counter())["swapped"] is None
 
 
 def test_only_readable_scores_that_are_equal_are_a_tie():

@@ -1,12 +1,14 @@
 """TSO: its equations against naive loops, pairs and their correction, and whole runs of tso.py."""
 
 import functools
+import gc
 import json
 import math
 import random
 import shutil
 import signal
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -403,6 +405,34 @@ def test_a_steps_pairs_are_sorted_by_length_if_asked_for(monkeypatch, tmp_path, 
     assert (tokens == sorted(tokens)) == sort
 
 
+@pytest.mark.parametrize("rounds, slices, dtype", [(1, 3, torch.bfloat16), (2, 3, torch.float32)])
+def test_only_the_last_slice_of_the_last_round_is_rounded(
+    monkeypatch, tmp_path, rounds, slices, dtype
+):
+    """--save_dtype is of the run's last checkpoint: slice 1.3 is that of one round, not of two."""
+    flags = {"rounds": rounds, "slices": slices, "save_dtype": "bfloat16", "max_steps": 1}
+    train_tiny(monkeypatch, tmp_path, random_pairs(5), **flags)
+    saved = weights(tmp_path / "slice/checkpoint")
+    assert {tensor.dtype for tensor in saved.values()} == {dtype}
+
+
+def test_the_models_of_a_training_that_is_done_are_gone(tmp_path):
+    """A checkpointed layer refers to itself: no end of a function frees it, job.finish does."""
+    tiny_lm(1).save_pretrained(tmp_path / "start")
+    c = Config(parallel="none", dtype="float32", activation_checkpointing=True)
+    gc.collect()
+    gc.disable()  # whatever is collected is collected by finish
+    try:
+        policy = tso.shard(common.Scorer, tmp_path / "start", c, CPU)
+        layers = [weakref.ref(layer) for layer in common.blocks(policy.lm)]
+        del policy
+        assert all(layer() is not None for layer in layers)
+        assert job.finish(tmp_path) == tmp_path / "checkpoint"
+        assert [layer() for layer in layers] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_a_verdict_keeps_swaps_or_drops():
     """A, the positive is better: keep; B: swap; a tie, or nothing that could be read: drop."""
     assert correction("A") == "keep"
@@ -615,6 +645,13 @@ def test_pairs_are_spread_evenly_over_the_cells(tmp_path):
         assert rejected in found.negatives[negative][i]
     assert len(pairs) == 300
 
+    # every row draws by itself: of a crossing's four pairs each is some row's first one
+    drawn = set()
+    for pair in pairs[::6]:
+        assert pair["meta"]["cell"] == "current > older"
+        drawn.add((pair["chosen"].split(".")[1], pair["rejected"].split(".")[1]))
+    assert len(drawn) == 4
+
     again, _ = make_pairs(c, at, found)
     assert again == pairs
     draws = set()
@@ -670,14 +707,14 @@ def test_a_pair_and_its_reverse_are_one_pair(tmp_path):
 
 
 class Fake(common.Judge):
-    """A judge that compares by a rule: (a, b) -> verdict."""
+    """A judge with a rule: (a, b) -> verdict, or (answer) -> score."""
 
     def __init__(self, rule):
         super().__init__("fake", None)
         self.rule = rule
 
     def ask(self, kind, items, again):
-        return [self.rule(a, b) for _, a, b in items]
+        return [self.rule(*texts) for _, *texts in items]
 
 
 def always_first(a, b):
@@ -952,22 +989,57 @@ def test_what_nobody_has_judged_says_so(tmp_path):
 
 
 def test_the_answers_of_the_data_are_cut_or_whole_as_their_row_says(tmp_path):
-    """A chosen side that was cut is no whole response, and ids that were sampled go with it."""
+    """A chosen side that was cut is no whole response, and ids that were sampled go with it.
+
+    In a file of generate.py's, meta.finish says of the response whether it was cut.
+    """
     cut = {"chosen_ended": False, "sampled_ids": [[8, 7]]}
+    said = {"finish": "length", "chosen_ended": True}
     rows = []
-    for i, meta in enumerate([cut, {"rejected_ended": False}, {}]):
+    metas = [cut, {"rejected_ended": False}, {}, {"finish": "length"}, {"finish": "stop"}, said]
+    for i, meta in enumerate(metas):
         rows.append({"id": f"{i}", "prompt": user("p"), "response": "a", "rejected": "b"})
         rows[-1]["meta"] = meta
     at = Slice(1, 1, 1, rows, tmp_path)
     c = Config(positives=["human"], negatives=["human"])
     found = sample_matrix(c, at, None, [], None)
-    ids = [[8, 7]]
-    assert found.positives == {
-        "human": [[Answer("a", False, None, ids)], [Answer("a", True)], [Answer("a", True)]]
-    }
-    assert found.negatives == {
-        "human": [[Answer("b", True, None, ids)], [Answer("b", False)], [Answer("b", True)]]
-    }
+    positives = [[Answer("a", ended)] for ended in (False, True, True, False, True, True)]
+    negatives = [[Answer("b", ended)] for ended in (True, False, True, True, True, True)]
+    positives[0] = [Answer("a", False, None, [[8, 7]])]
+    negatives[0] = [Answer("b", True, None, [[8, 7]])]
+    assert found.positives == {"human": positives}
+    assert found.negatives == {"human": negatives}
+
+
+def test_every_model_gives_as_many_answers_as_were_asked_for(tmp_path, monkeypatch):
+    """n_positive and n_negative of the policy's, n_negative of each older and smaller model's."""
+
+    def generate(file, rows, model, sampling, seed, n, note):
+        drawn = []
+        for row in rows:
+            for k in range(n):
+                text = f"{model.path} {row['id']} {k}"
+                drawn.append({"response": text, "meta": {"finish": "stop"}})
+        return drawn
+
+    monkeypatch.setattr(common, "generate", generate)
+    monkeypatch.setattr(common, "load_tokenizer", lambda path: (None, None))
+    everybody = {"positives": ["current"], "negatives": ["current", "older", "smaller"]}
+    c = Config(**everybody, smaller=["small"], n_positive=2, n_negative=3)
+    policy = Model("policy", None, CPU, torch.float32)
+    found = sample_matrix(c, slice_of(2, tmp_path), policy, ["old", "older"], None)
+
+    def texts(i, *names):
+        return [Answer(f"{path} r/{i} {k}", True) for path, k in names]
+
+    for i in range(2):
+        own = [("policy", k) for k in range(5)]
+        assert found.positives["current"][i] == texts(i, *own[:2])
+        assert found.negatives["current"][i] == texts(i, *own[2:])
+        older = [(path, k) for path in ("old", "older") for k in range(3)]
+        assert found.negatives["older"][i] == texts(i, *older)
+        assert found.negatives["smaller"][i] == texts(i, *[("small", k) for k in range(3)])
+    assert (len(found.positives), len(found.negatives)) == (1, 3)
 
 
 def test_the_ids_that_answers_were_sampled_as_go_with_their_pairs(tmp_path, monkeypatch):
@@ -1048,6 +1120,31 @@ def test_slices_share_the_prompts_out(world):
     assert sorted(sum(slices, [])) == sorted(rest)
 
 
+@pytest.mark.parametrize(
+    "rows, found",
+    [
+        ([{"response": "a"}, {"response": "b", "rejected": "c"}], True),
+        ([{"response": "a"}, {"real": "b", "generated": "c"}], True),
+        ([{"response": "a"}, {"response": "b", "rejected": None}], False),
+        ([["rejected"], {"response": "b", "rejected": ""}], False),
+        ([], False),
+    ],
+)
+def test_data_have_pairs_if_any_row_is_one(tmp_path, rows, found):
+    """Whichever row it is; a side that is null or empty is none, nor is what is no row."""
+    write_lines(tmp_path / "data.jsonl", rows)
+    assert tso.has_pairs(str(tmp_path / "data.jsonl")) is found
+
+
+def test_held_out_prompts_that_are_all_too_long_end_the_run(world, tmp_path, capsys):
+    """There is nothing to measure on: one line with both counts."""
+    test = tmp_path / "test.jsonl"
+    write_lines(test, [{"prompt": "abcdefgh" * 5, "response": "a"}])
+    with pytest.raises(SystemExit) as stop:
+        read_slices(world, test=test)
+    assert "40 training and 0 held-out prompts of at most 32" in one_line(stop, capsys)
+
+
 def test_there_are_no_more_held_out_prompts_than_the_limit(world):
     """--test_prompts of them, but at most --limit, from a file of their own or not."""
     for test in (world / "test.jsonl", None):
@@ -1079,6 +1176,87 @@ def test_every_round_goes_through_all_slices(tmp_path):
     ]
     names = [at.name for at in tso.all_slices(c, parts, tmp_path)]
     assert names == ["1.1", "1.2", "1.3", "2.1", "2.2", "2.3"]
+
+
+def test_a_run_is_not_shortened(tmp_path, capsys):
+    """With fewer --rounds than it has gone through, its results would leave slices out."""
+    parts = [[{"id": "a"}], [{"id": "b"}]]
+    after = tmp_path / "round3-slice1"
+    after.mkdir()
+    with pytest.raises(SystemExit) as stop:
+        tso.all_slices(Config(rounds=2, slices=2), parts, tmp_path)
+    line = f"error: {after} is there already: this run had a larger --rounds\n"
+    assert one_line(stop, capsys) == line
+    assert len(tso.all_slices(Config(rounds=3, slices=2), parts, tmp_path)) == 6
+
+
+# ---------------------------------------------------------------- measurements
+
+
+def test_what_could_not_be_read_is_in_no_share_against_the_start(tmp_path):
+    """Of win, win, tie, loss and an unreadable one the shares are of 4; of none they are None."""
+    readable = {
+        ("better", "start"): "A",
+        ("start", "better"): "B",
+        ("same", "start"): "tie",
+        ("start", "same"): "tie",
+        ("worse", "start"): "B",
+        ("start", "worse"): "A",
+    }
+
+    def read(a, b):
+        return readable.get((a, b))
+
+    texts = ["better", "?", "worse", "better", "same"]
+    for folder, answers in (("start", ["start"] * 5), ("one", texts), ("two", texts)):
+        (tmp_path / folder).mkdir()
+        rows = []
+        for i, text in enumerate(answers):
+            rows.append({"id": f"r/{i}", "prompt": user(f"p{i}"), "response": text})
+        write_lines(tmp_path / folder / "answers.jsonl", rows)
+
+    start = tmp_path / "start"
+    shares = tso.against_start(tmp_path / "one", start, Fake(read), 2, "")
+    assert shares == {"win": 2 / 4, "tie": 1 / 4, "loss": 1 / 4}
+    verdicts = [row["verdict"] for row in job.read_jsonl(tmp_path / "one/against.jsonl")]
+    assert verdicts == ["win", None, "loss", "win", "tie"]
+
+    shares = tso.against_start(tmp_path / "two", start, Fake(never_readable), 2, "")
+    assert shares == {"win": None, "tie": None, "loss": None}
+
+
+def test_what_could_not_be_read_is_in_no_moment_of_the_scores(monkeypatch, tmp_path):
+    """A prompt's moments are those of its scores that could be read; without any it has none."""
+    scores = [[1, 3, None, 8], [None, None, 5, 5], [None] * 4, [2, 2, 2, 9]]
+    drawn = []
+    for i, of_row in enumerate(scores):
+        for k, score in enumerate(of_row):
+            text = f"{i}.{k} {'?' if score is None else score}"
+            drawn.append({"id": f"r/{i}", "prompt": user(f"p{i}"), "response": text})
+
+    def generate(*args, **more):
+        return drawn
+
+    def read(answer):
+        number = answer.split()[1]
+        return None if number == "?" else float(number)
+
+    monkeypatch.setattr(common, "generate", generate)
+    at = slice_of(4, tmp_path)
+    c = Config(n_scores=4, sample_batch=3)
+    found = tso.score_spread(c, at, at.rows, None, None, Fake(read))
+
+    moments = [naive_moments([1, 3, 8]), naive_moments([2, 2, 2, 9])]
+    assert found == {
+        "skewness": near(mean([skewness for skewness, _ in moments])),
+        "kurtosis": near(mean([kurtosis for _, kurtosis in moments])),
+        "no_spread": 2 / 4,
+    }
+    rows = job.read_jsonl(tmp_path / "spread.jsonl")
+    assert [row["mean"] for row in rows] == [4, 5, None, 15 / 4]
+    first, equal, unread, last = [row["skewness"] for row in rows]
+    assert [first, last] == near([skewness for skewness, _ in moments])
+    assert equal is unread is None
 
 
 # ---------------------------------------------------------------- whole runs
@@ -1367,6 +1545,8 @@ def test_the_policy_at_a_rounds_end_joins_the_older_ones(monkeypatch, plain, wor
     assert metrics(out)[: len(before)] == before
     turns = [(result["round"], result["slice"]) for result in results(out)["slices"]]
     assert turns == [(0, 0), (1, 1), (1, 2), (2, 1), (2, 2)]
+    spread = ["skewness" in result for result in results(out)["slices"]]
+    assert spread == [True, False, False, False, True]  # before and after all rounds
 
     one, two = out / "round2-slice1", out / "round2-slice2"
     assert candidate_names(one) == ["current", "older0", "smaller0"]
@@ -1480,6 +1660,41 @@ def test_current_answers_may_be_negatives_of_their_own(monkeypatch, world, tmp_p
 
 
 # ---------------------------------------------------------------- people
+
+
+def test_a_slice_waits_for_a_person_who_has_judged_none_of_its_pairs(tmp_path):
+    """One verdict is enough to go on; so is a checkpoint, or that nothing is to be exported."""
+    at = slice_of(2, tmp_path)
+    pairs = [{"id": "1.1/r/0/0"}, {"id": "1.1/r/1/0"}]
+    other, one = {"1.2/r/0/0": "keep"}, {"1.1/r/1/0": "drop"}
+    c = Config(export_pairs="pairs.jsonl")
+    assert tso.awaits_person(c, at, pairs, {})
+    assert tso.awaits_person(c, at, pairs, other)
+    assert not tso.awaits_person(c, at, pairs, one)
+    assert not tso.awaits_person(Config(), at, pairs, {})
+    (tmp_path / "checkpoint").mkdir()
+    assert not tso.awaits_person(c, at, pairs, {})
+
+
+def test_an_export_does_not_replace_what_a_person_has_edited(monkeypatch, world, tmp_path, capsys):
+    """A file that is there is refused, and stays, unless it is the one that --verdicts reads."""
+    file = tmp_path / "pairs.jsonl"
+    write_lines(file, [{"id": "1.1/train-0/0", "verdict": "drop"}])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")  # leads to nothing
+    edited = file.read_bytes()
+    flags = tso_flags(world, out=tmp_path / "run")
+    for path, verdicts in (
+        (file, []),
+        (tmp_path / "link.jsonl", []),
+        (tmp_path / "link.jsonl", ["--verdicts", file]),
+    ):
+        line = refused(monkeypatch, capsys, tso, [*flags, "--export_pairs", path, *verdicts])
+        assert f"--export_pairs {path} is there already" in line
+    assert file.read_bytes() == edited
+
+    run(monkeypatch, tso, *flags, "--export_pairs", file, "--verdicts", file, "--dry_run")
+    assert "correction by people and toy" in capsys.readouterr().out
+    assert file.read_bytes() == edited
 
 
 def test_an_exported_slice_waits_for_a_person(monkeypatch, plain, world, tmp_path):
@@ -1776,6 +1991,11 @@ def test_the_share_clipped_is_that_of_the_pairs(monkeypatch, world, tmp_path):
         ({"max_response": 1020}, "more than"),
         ({"limit": 0}, "--limit"),
         ({"max_steps": 0}, "--max_steps"),
+        ({"negatives": ["human"]}, "--negatives human: there are none to begin with"),
+        (
+            {"negatives": ["older"], "older": None, "preset": "paper"},
+            "--negatives older: there are none to begin with",
+        ),
     ],
 )
 def test_bad_input_is_one_line_before_any_model(
@@ -1785,6 +2005,44 @@ def test_bad_input_is_one_line_before_any_model(
     flags = tso_flags(world, more, out=tmp_path / "run")
     assert complaint in refused(monkeypatch, capsys, tso, flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_some_cell_of_the_negatives_must_have_a_source(capsys):
+    """The current policy is one; people's are the rejected sides of the first slice."""
+    lone, pair = {"response": "a"}, {"response": "a", "rejected": "b"}
+    for negatives, parts in (
+        (["current"], [[lone]]),
+        (["older", "current"], [[lone]]),
+        (["older", "smaller"], [[lone]]),
+        (["older", "human"], [[lone, pair], [lone]]),
+    ):
+        tso.check_negatives(Config(negatives=negatives, smaller=["small"]), parts)
+
+    for negatives, parts in ((["smaller"], [[pair]]), (["older", "human"], [[lone], [pair]])):
+        with pytest.raises(SystemExit) as stop:
+            tso.check_negatives(Config(negatives=negatives, smaller=[]), parts)
+        line = f"--negatives {' '.join(negatives)}: there are none to begin with"
+        assert line in one_line(stop, capsys)
+    tso.check_negatives(Config(negatives=["older"], older=["old"], smaller=[]), [[lone]])
+
+
+@pytest.mark.parametrize("flag", ["older", "smaller"])
+def test_an_older_or_smaller_model_must_hold_the_sequences_too(
+    monkeypatch, world, tmp_path, capsys, flag
+):
+    """A prompt of 32 tokens and an answer of 16 fit a context of 48, not one of 47."""
+    model = tmp_path / "model"
+    shutil.copytree(world / "sft-small", model)
+    config = json.loads((model / "config.json").read_text())
+    for context in (47, 48):
+        config["max_position_embeddings"] = context
+        (model / "config.json").write_text(json.dumps(config))
+        flags = tso_flags(world, {flag: [world / "sft", model]}, out=tmp_path / "run")
+        if context == 47:
+            line = refused(monkeypatch, capsys, tso, flags)
+            assert f"--max_prompt 32 + --max_response 16 is more than {model}'s context" in line
+        else:
+            run(monkeypatch, tso, *flags, "--dry_run")
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(monkeypatch, world, tmp_path, capsys):

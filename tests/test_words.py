@@ -122,6 +122,27 @@ def test_a_prompt_of_letters_is_judged_as_letters():
     assert toy.score("badc", "abdc") == 5
 
 
+def test_a_prompt_of_no_world_is_not_judged(capsys):
+    """English without a constraint would be judged as letters: one line, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        toy.score("Write a poem", "Write")
+    assert stop.value.code == 2
+    line = "error: --judge toy knows the prompts of toy.py alone, not 'Write a poem'\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_world_without_prompts_is_refused(tmp_path: Path, monkeypatch, capsys):
+    """Before the model is looked for."""
+    out = tmp_path / "words"
+    flags = ["--model", "nowhere", "--prompts", "0", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["toy.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        toy.main()
+    assert stop.value.code == 2
+    assert "--prompts must be positive, not 0" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def make_world(folder: Path, model: Path, seed: int) -> str:
     """Makes a small world of words by the command. Returns what it prints."""
     command = [sys.executable, str(ROOT / "toy.py"), "--model", str(model), "--out", str(folder)]
