@@ -491,7 +491,6 @@ def all_iterations(c, out: Path) -> list[Iteration]:
         dsl, npo = warmed_up and c.labels == "judge", warmed_up and c.noise
         save_dtype = c.save_dtype if number == last else "float32"
         iterations.append(Iteration(number, dsl, npo, out / f"iter{number}", save_dtype))
-    job.refuse_to_shorten(out / f"iter{last + 1}", "--iterations")
     return iterations
 
 
@@ -796,6 +795,8 @@ def prepare(c, device) -> tuple[Model, list[dict], list[dict], common.Judge | No
 
     Returns the model to start from, the annotated training rows, held-out rows, and the judge.
     """
+    last = c.warmup_iterations + c.iterations
+    job.refuse_to_shorten(c, f"iter{last + 1}", "--iterations")
     rows, test_rows, dropped = datafiles.load_split(
         c.data, c.test, "response", c.limit, c.test_prompts
     )

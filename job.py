@@ -979,12 +979,13 @@ def save_checkpoint(folder: Path, scorer: nn.Module, tok, source: str, dtype: st
     barrier()
 
 
-def refuse_to_shorten(folder: Path, flag: str):
-    """Ends the program if a run has gone further already than its flag now says.
+def refuse_to_shorten(c, name: str, flag: str):
+    """Ends the program if a run that is to go on has gone further than its flag now says.
 
-    folder: what would come after the last one. Results that are written now would leave it out.
+    name: of the folder that would come after the last one. New results would leave it out.
     """
-    if folder.exists():
+    folder = Path(c.out) / name
+    if c.resume and folder.exists():
         die(f"{folder} is there already: this run had a larger {flag}")
 
 

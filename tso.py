@@ -370,7 +370,6 @@ def all_slices(c, parts: list[list[dict]], out: Path) -> list[Slice]:
         for part, rows in enumerate(parts, 1):
             folder = out / f"round{round_}-slice{part}"
             slices.append(Slice(len(slices) + 1, round_, part, rows, folder))
-    job.refuse_to_shorten(out / f"round{c.rounds + 1}-slice1", "--rounds")
     return slices
 
 
@@ -843,6 +842,7 @@ def prepare(c, device):
     Returns the model to start from, the training rows in slices, the held-out rows, the verdicts of
     people by id, and the judge.
     """
+    job.refuse_to_shorten(c, f"round{c.rounds + 1}-slice1", "--rounds")
     if c.export_pairs and c.export_pairs != c.verdicts and os.path.lexists(c.export_pairs):
         job.die(
             f"--export_pairs {c.export_pairs} is there already: if its verdicts are edited, "

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import math
@@ -10,6 +11,8 @@ import random
 import shutil
 import signal
 import threading
+import types
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +32,7 @@ from conftest import (
 )
 from test_equations import mean, naive_logp, naive_loss, naive_sigmoid, random_pairs, tiny_lm
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import common
 import datafiles
@@ -136,6 +140,22 @@ def mean_square(a: list[float], b: list[float]) -> float:
     return mean([(x - y) ** 2 for x, y in zip(a, b, strict=True)])
 
 
+class NaiveAdam:
+    """Adam in float64, without weight decay: p - lr m^ / (sqrt(v^) + 1e-8)."""
+
+    def __init__(self):
+        self.m = self.v = 0.0
+        self.t = 0
+
+    def step(self, p: Tensor, g: Tensor, lr: float) -> Tensor:
+        self.t += 1
+        self.m = 0.9 * self.m + 0.1 * g
+        self.v = 0.999 * self.v + 0.001 * g**2
+        m_hat = self.m / (1 - 0.9**self.t)
+        v_hat = self.v / (1 - 0.999**self.t)
+        return p - lr * m_hat / (v_hat.sqrt() + 1e-8)
+
+
 # ---------------------------------------------------------------- equations
 
 
@@ -174,6 +194,7 @@ def test_the_batch_reward_is_the_relative_gain():
     assert rho > 0
     assert batch_reward(after, before) == near(-rho)
     assert batch_reward(before, before) == 0
+    assert batch_reward(0.0, 0.0) == 0  # so large losses that sigmoid(m) is 0
 
 
 def naive_exponentiated_rho(before: list[float], after: list[float]) -> float:
@@ -230,6 +251,9 @@ def test_a_constant_batch_has_finite_rewards():
     assert min_max(same).tolist() == [0.5] * 4
     assert min_max(torch.tensor([2.0, -2.0, 0.0])).tolist() == [1.0, 0.0, 0.5]
     assert sample_reward(same, same, 0.7, 0.2).tolist() == near([0.45] * 4)
+
+    assert min_max(torch.tensor([0.0, 5e-5])).tolist() == [0.5, 0.5]  # this is rounding
+    assert min_max(torch.tensor([0.0, 2e-4])).tolist() == [0.0, 1.0]
 
 
 def test_the_k_highest_are_selected_in_the_batches_order():
@@ -442,15 +466,26 @@ def test_the_two_networks_are_residual_mlps_and_the_second_reads_the_firsts_acti
         assert f2[i].item() == near(explore)
 
 
+def naive_connector(connector, x: list[float]) -> list[float]:
+    """W_2 relu(W_1 x + b_1) + b_2."""
+    first, _, second = connector
+    inner = [max(0.0, value) for value in naive_linear(first, x)]
+    return naive_linear(second, inner)
+
+
 def test_the_encoder_averages_over_layers_and_has_length_1():
-    """h is the mean of the layer encoder's outputs, divided by its length; layers have places."""
+    """h is the mean of the layer encoder's outputs, divided by its length; layers have places.
+
+    The layer encoder reads what two linear layers, with a relu between them, make of each layer.
+    """
     torch.manual_seed(0)
     encoder = Selector(8, tiny()).encoder
     x = torch.randn(3, 2, 8)
     h = encoder(x)
     for i in range(3):
-        tokens = encoder.connector(x[i])[None]
-        read = encoder.layer_encoder(inputs_embeds=tokens).last_hidden_state[0].tolist()
+        tokens = [naive_connector(encoder.connector, layer) for layer in x[i].tolist()]
+        read = encoder.layer_encoder(inputs_embeds=torch.tensor([tokens]))
+        read = read.last_hidden_state[0].tolist()
         averaged = [mean(values) for values in zip(*read)]
         length = math.sqrt(sum(value**2 for value in averaged))
         assert h[i].tolist() == near([value / length for value in averaged])
@@ -491,6 +526,11 @@ def test_the_paper_preset_is_the_papers_selector():
     assert selector.explore.first.in_features == 16 * 4096 // 4
     assert (c.pool, c.replay, c.ratio, c.batch) == (40000, 32, 0.5, 64)
     assert (c.select, c.fit, c.margin_weight, c.uncertainty_weight) == ("topk", "selected", 1, 1)
+    assert (c.gamma, c.explore, c.selector_lr, c.fit_steps) == (0.5, 0.1, 1e-4, 4)
+    assert (c.beta, c.lr, c.epochs, c.preselect_splits) == (0.01, 1e-6, 1, 3)
+
+    hh = dataclasses.replace(c, **sams.HH)
+    assert (hh.beta, hh.epochs, hh.lr, hh.gamma) == (0.1, 3, 1e-6, 0.5)
 
 
 # ---------------------------------------------------------------- the bandit
@@ -542,6 +582,13 @@ def test_rewards_lag_by_one_round(fit):
         fit=fit,
     )
     bandit = Bandit(8, c, CPU)
+    fit_rounds, fit_losses = bandit.fit, []
+
+    def keep_loss(features, reward):
+        fit_losses.append(fit_rounds(features, reward))
+        return fit_losses[-1]
+
+    bandit.fit = keep_loss
     script = scripted_rounds(3)
     losses = [naive_bounded_loss(shown.margin.tolist()) for shown in script]
     rhos, rewarded, places, predicted = [], [], [], []
@@ -571,6 +618,7 @@ def test_rewards_lag_by_one_round(fit):
             assert log["selector/reward"] == near(mean(r))
             assert log["selector/error"] == near(math.sqrt(mean_square(last_predicted, r)))
             assert log["selector/predicted"] == near(mean(last_predicted))
+            assert log["selector/fit"] == fit_losses[-1] > 0
             assert not same_weights(bandit.selector.state_dict(), before)
 
         f1, f2 = bandit.selector(shown.contexts)  # after the fit
@@ -579,6 +627,36 @@ def test_rewards_lag_by_one_round(fit):
         if fit == "all":
             places = list(range(6))
         predicted = f1[places].tolist()
+
+
+def test_a_fit_makes_an_adam_step_of_each_parts_gradient():
+    """Two rounds by hand in float64, at --selector_lr: no gradient of one part meets another's.
+
+    The first round is fitted alone; the second in two parts, itself and the first from the pool.
+    """
+    bandit = Bandit(8, tiny(fit_steps=2, replay=1, selector_lr=3e-3), CPU)
+    bandit.selector.double()
+    by_hand = copy.deepcopy(bandit.selector)
+    g = torch.Generator().manual_seed(0)
+    rounds = []
+    for _ in range(2):
+        contexts = torch.randn(3, 2, 8, generator=g, dtype=torch.float64)
+        rounds.append((contexts, torch.rand(3, generator=g, dtype=torch.float64)))
+    found = [bandit.fit(*of_round) for of_round in rounds]
+
+    adam, losses = NaiveAdam(), []
+    params = list(by_hand.parameters())
+    for contexts, r in (rounds[0], rounds[1], rounds[0]):
+        f1, f2 = by_hand(contexts)
+        residual = r - f1.detach()
+        loss = ((f1 - r) ** 2).mean() + ((f2 - residual) ** 2).mean()
+        gradient = parameters_to_vector(torch.autograd.grad(loss, params))
+        before = parameters_to_vector(params).detach()
+        vector_to_parameters(adam.step(before, gradient, 3e-3), params)
+        losses.append(loss.item())
+    assert found == near([losses[0], losses[2]])
+    after = parameters_to_vector(bandit.selector.parameters())
+    torch.testing.assert_close(after, parameters_to_vector(params), atol=1e-6, rtol=0)
 
 
 def numbered_round(bandit: Bandit, t: int):
@@ -804,8 +882,12 @@ def test_only_sample_draws():
     assert choose("topk", 1) == choose("topk", 2) == highest
 
 
-def test_the_bandit_is_told_of_losses_margins_and_chosen_log_probs():
-    """What pick() hands over: by hand from log-probs, and K of n."""
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_the_bandit_is_told_of_losses_margins_and_chosen_log_probs(loss):
+    """What pick() hands over: by hand from log-probs, and K of n.
+
+    The losses are DPO's whatever the policy is trained with.
+    """
     rng = random.Random(2)
     pairs = random_pairs(12)
     logps, ref_logps = [], []
@@ -821,7 +903,7 @@ def test_the_bandit_is_told_of_losses_margins_and_chosen_log_probs():
             return [], {}
 
     bandit = Told()
-    pick(tiny(select="topk", ratio=0.25), batch, seen, bandit, 1)
+    pick(tiny(select="topk", ratio=0.25, loss=loss), batch, seen, bandit, 1)
     naive = [0.3 * naive_ratio(*both) for both in zip(logps, ref_logps)]
     assert bandit.contexts is seen.contexts
     assert bandit.told["margin"].tolist() == near(naive)
@@ -843,12 +925,65 @@ def test_every_round_of_the_pretraining_draws_with_a_seed_of_its_own():
     seeds = []
     data = Data(random_pairs(12), torch.zeros(12, 2), [False] * 12)
     policy = PoolingScorer(tiny_lm(6))
-    for how, step in (("sample", 0), ("sample", 1), ("topk", 0)):
-        c = tiny(select=how)
+    for how, step, seed in (("sample", 0, 0), ("sample", 1, 0), ("sample", 0, 1), ("topk", 0, 0)):
+        c = tiny(select=how, seed=seed)
         sams.pretraining_round(c, policy, data, list(range(12)), Told(), step)
-    assert None not in seeds[:2]
-    assert len(set(seeds)) == 3
-    assert seeds[2] is None
+    assert None not in seeds[:3]
+    assert len(set(seeds)) == 4
+    assert seeds[3] is None
+
+
+def test_each_of_two_ranks_has_half_of_the_pretrainings_numbers(monkeypatch):
+    """Every rank sees all pairs: the sum over the ranks is the mean over the pairs."""
+    rng = random.Random(4)
+    pairs = random_pairs(6)
+    logps = [random_numbers(rng, 2, -30, -1) for _ in pairs]
+    seen = sams.Seen(torch.tensor(logps), torch.randn(6, 2, 16))
+    monkeypatch.setattr(sams, "observe", lambda *_: seen)
+    monkeypatch.setattr(job, "world_size", lambda: 2)
+    c = tiny()
+    data = Data(pairs, torch.zeros(6, 2), [False] * 6)
+    sums, _ = sams.pretraining_round(c, None, data, list(range(6)), Bandit(16, c, CPU), 0)
+
+    losses = [-chosen / len(pair.chosen) for (chosen, _), pair in zip(logps, pairs)]
+    assert sums["loss"].item() == near(mean(losses) / 2)
+    assert sums["logps/chosen"].item() == near(mean([chosen for chosen, _ in logps]) / 2)
+
+
+def test_another_seed_is_another_order_selector_pool_and_selection(monkeypatch, tmp_path):
+    """All that is drawn differs between the seeds 0 and 1; --select sample and random do."""
+    pairs = random_pairs(24)
+    data = Data(pairs, torch.zeros(24, 2), [False] * 24)
+    halves = []
+
+    def note(c, own, *more):
+        halves.append([pair.id for pair in own.pairs])
+
+    monkeypatch.setattr(sams, "train", note)
+    monkeypatch.setattr(sams, "validation_losses", lambda c, folder, start, unseen: 0.0)
+
+    class FirstNumber:
+        def draw(self, number, rng):
+            self.number = rng.random()
+            return []
+
+        def add(self, features, reward, rng):
+            pass
+
+    found = []
+    for seed in (0, 1):
+        c = tiny(seed=seed, select="random", preselect_splits=1)
+        bandit = Bandit(8, c, CPU)
+        first_weights = bandit.selector.exploit.first.weight.flatten().tolist()
+        bandit.pool = FirstNumber()
+        bandit.fit(torch.zeros(2, 2, 8), torch.zeros(2))
+        places, _ = pick(c, data, None, None, 1)
+        start = Model("start", None, CPU, torch.float32)
+        sams.difficulties(c, data, data, start, tmp_path)
+        steps = sams.all_steps(c, pairs)
+        found.append((first_weights, bandit.pool.number, places, halves[-1], steps))
+    for of_0, of_1 in zip(*found, strict=True):
+        assert of_0 != of_1
 
 
 def test_policy_and_reference_agree_to_the_bit_in_bf16():
@@ -887,16 +1022,74 @@ def test_rounding_in_bf16_is_told_as_the_root_mean_square_of_the_margins(capsys)
     said = capsys.readouterr().out
     assert "off by 0.3536 (" in said
     assert "too much" in said
+    assert "the selector's first rewards" in said
+    for how in ("all", "random", "margin", "oracle"):  # these have no rewards
+        sams.tell_rounding(dataclasses.replace(c, select=how), policy, data, batch, CPU)
+        said = capsys.readouterr().out
+        assert "off by 0.3536 (" in said
+        assert "selector" not in said
 
     for more in ({"dtype": "float32"}, {"micro_batch": 1}):
         sams.tell_rounding(dataclasses.replace(c, **more), policy, data, batch, CPU)
     assert capsys.readouterr().out == ""
 
-    ref_logps[batch] = logps
-    sams.tell_rounding(c, policy, data, batch, CPU)
-    said = capsys.readouterr().out
-    assert "off by 0.0000 (" in said
-    assert "warning" not in said
+    for nats, error, warned in (
+        (0.0, "0.0000", False),
+        (0.15, "0.0150", False),
+        (0.3, "0.0300", True),
+    ):
+        ref_logps[batch] = logps + torch.tensor([nats, 0.0])
+        sams.tell_rounding(c, policy, data, batch, CPU)
+        said = capsys.readouterr().out
+        assert f"off by {error} (" in said
+        assert ("warning" in said) == warned
+
+
+def test_a_held_out_pair_counts_where_its_margin_is_above_0(tmp_path):
+    """Accuracy, mean rewards and the margins in held.jsonl, of pairs whose rewards are known.
+
+    A margin of 0 is not counted.
+    """
+    c = tiny(beta=0.5)
+    policy = PoolingScorer(tiny_lm(5))
+    pairs = random_pairs(4)
+    logps, _ = observe(c, policy, pairs, list(range(4)), CPU)
+    ratios = torch.tensor([[0.0, 0.0], [2.0, -4.0], [-6.0, 0.0], [8.0, 6.0]])
+    held = Data(pairs, logps - ratios, [False] * 4)
+    expected = {
+        "eval/accuracy": 2 / 4,
+        "eval/chosen_reward": (1 - 3 + 4) / 4,
+        "eval/rejected_reward": (-2 + 3) / 4,
+        "eval/margin": (3 - 3 + 1) / 4,
+    }
+    assert sams.measure(c, policy, held, CPU, tmp_path) == near(expected)
+    kept = {row["id"]: row["margin"] for row in lines(tmp_path / "held.jsonl")}
+    by_hand = {"pair-0": 0.0, "pair-1": 3.0, "pair-2": -3.0, "pair-3": 1.0}
+    assert kept == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_the_models_of_earlier_phases_are_gone_when_the_next_is_loaded(monkeypatch, tmp_path):
+    """A hooked layer refers to itself: no end of a function frees a PoolingScorer, shard does."""
+    tiny_lm(1).save_pretrained(tmp_path / "start")
+    c = tiny(activation_checkpointing=True)
+    load_lm, alive = sams.load_lm, []
+
+    def look(*args):
+        alive.append(earlier() is not None)
+        return load_lm(*args)
+
+    gc.collect()
+    gc.disable()  # whatever is collected is collected by shard
+    try:
+        policy = sams.shard(PoolingScorer, tmp_path / "start", c, CPU)
+        earlier = weakref.ref(policy)
+        del policy
+        assert earlier() is not None
+        monkeypatch.setattr(sams, "load_lm", look)
+        sams.shard(PoolingScorer, tmp_path / "start", c, CPU)
+        assert alive == [False]
+    finally:
+        gc.enable()
 
 
 def flipped_rows(rows: list[dict]) -> list[int]:
@@ -1371,6 +1564,124 @@ def seven(world, tmp_path) -> tuple[Config, Model, list[Pair]]:
     return c, Model(str(world / "sft"), tok, CPU, torch.float32), pairs
 
 
+class Watched(NamedTuple):
+    """What sams.train has done, seen from outside."""
+
+    start: Tensor  # all weights before the first step
+    gradients: list[Tensor]  # of all weights, before clipping
+    end: Tensor
+    lines: list[dict]  # of metrics.jsonl
+
+
+def watched_training(monkeypatch, seven, **more) -> Watched:
+    """Trains on seven pairs. By a clock of its own looking takes 5 seconds, picking 7."""
+    c, model, pairs = seven
+    c = dataclasses.replace(c, **more)
+    data = Data(pairs, sams.reference_logps(c, model, pairs), [False] * 7)
+    seconds, policies, starts, gradients = [0.0], [], [], []
+
+    def takes(work, duration: float):
+        def timed(*args):
+            seconds[0] += duration
+            return work(*args)
+
+        return timed
+
+    def keep_gradient(c, policy, *more):
+        params = list(policy.parameters())
+        if not policies:
+            policies.append(policy)
+            starts.append(parameters_to_vector(params).detach())
+        sums = descend(c, policy, *more)
+        gradients.append(parameters_to_vector([p.grad for p in params]))
+        return sums
+
+    clock = types.SimpleNamespace(monotonic=lambda: seconds[0])
+    monkeypatch.setattr(sams, "time", clock)
+    monkeypatch.setattr(sams, "observe", takes(observe, 5.0))
+    monkeypatch.setattr(sams, "pick", takes(pick, 7.0))
+    monkeypatch.setattr(sams, "descend", takes(keep_gradient, 11.0))
+    folder = Path(c.out)
+    sams.train(c, data, data, model, folder)
+    end = parameters_to_vector(policies[0].parameters()).detach()
+    return Watched(starts[0], gradients, end, lines(folder / "metrics.jsonl"))
+
+
+def test_the_policy_takes_adam_steps_of_clipped_gradients_without_decay(monkeypatch, seven):
+    """All weights by hand in float64; the rate rises to --lr in two steps and falls as a cosine."""
+    rates = [0.5e-3, 1e-3, 1e-3, 0.5e-3]
+    more = {"lr": 1e-3, "warmup": 0.5, "clip": 0.1, "epochs": 2, "max_steps": 4}
+    seen = watched_training(monkeypatch, seven, **more)
+    adam, p = NaiveAdam(), seen.start.double()
+    for gradient, rate in zip(seen.gradients, rates, strict=True):
+        g = gradient.double()
+        norm = math.sqrt((g**2).sum())
+        assert norm > 0.1  # it is clipped
+        p = adam.step(p, g * 0.1 / norm, rate)
+    torch.testing.assert_close(seen.end.double(), p, atol=2e-6, rtol=0)
+    assert [line["lr"] for line in seen.lines] == near(rates)
+
+
+def test_what_the_selection_costs_is_told_apart(monkeypatch, seven):
+    """score_seconds are those of looking at the batch, selector/seconds those of picking."""
+    seen = watched_training(monkeypatch, seven, max_steps=1)
+    (line,) = seen.lines
+    assert (line["score_seconds"], line["selector/seconds"]) == (5.0, 7.0)
+
+
+def let_another_rank_say_yes(monkeypatch):
+    """The first question to all ranks is answered with yes, whatever holds on this one."""
+    answers = iter([True])
+    monkeypatch.setattr(job, "on_any_rank", lambda holds: next(answers, holds))
+
+
+def test_the_ranks_score_together_where_one_of_them_sees_no_file(monkeypatch, seven, tmp_path):
+    """Another run may make the shared file between two looks: no rank may then skip the scoring."""
+    c, model, pairs = seven
+    whole = sams.logps_in_file(c, tmp_path / "whole.jsonl", model, pairs, "whole")
+    file = tmp_path / "shared.jsonl"
+    file.write_text("[1.0, 2.0]\n" * 7)
+    assert sams.logps_in_file(c, file, model, pairs, "shared").tolist() == [[1.0, 2.0]] * 7
+    let_another_rank_say_yes(monkeypatch)
+    assert torch.equal(sams.logps_in_file(c, file, model, pairs, "shared"), whole)
+
+
+def test_the_pretraining_has_its_rounds_however_often_it_sees_the_pairs(
+    monkeypatch, seven, tmp_path
+):
+    """Seven rounds of three of seven pairs are two passes and a round, each in a seeded order.
+
+    --max_steps does not cut them. They are made again where one rank sees no encoder.
+    """
+    c, model, pairs = seven
+    data = Data(pairs, torch.zeros(7, 2), [False] * 7)
+    rounds, pretraining_round = [], sams.pretraining_round
+
+    def keep(c, policy, data, indices, *more):
+        rounds.append(indices)
+        return pretraining_round(c, policy, data, indices, *more)
+
+    monkeypatch.setattr(sams, "pretraining_round", keep)
+    expected = []
+    for seed in (0, 1):
+        c = dataclasses.replace(c, seed=seed, pretrain_rounds=7, max_steps=1)
+        folder = tmp_path / f"pretrain{seed}"
+        sams.pretrain(c, data, model, folder)
+        passes = []
+        for epoch in range(3):
+            order = random.Random(job.seed_of(seed, "pretrain", epoch)).sample(range(7), 7)
+            passes += [order[:3], order[3:6], order[6:]]
+        expected += passes[:7]
+        assert len(lines(folder / "metrics.jsonl")) == 7
+    assert rounds == expected
+
+    sams.pretrain(c, data, model, folder)
+    assert len(rounds) == 14
+    let_another_rank_say_yes(monkeypatch)
+    sams.pretrain(c, data, model, folder)
+    assert rounds[14:] == rounds[7:14]
+
+
 def test_new_weights_under_an_old_name_are_scored_again(seven, world, tmp_path):
     """The reference's file belongs to the weights in the model's folder, not to its path."""
     c, model, pairs = seven
@@ -1602,6 +1913,88 @@ def test_the_easiest_share_is_rounded_up_and_sorted(monkeypatch, tmp_path):
     assert trained == expected
 
 
+def test_difficulties_that_are_written_down_decide_the_order(monkeypatch, tmp_path):
+    """A run goes on in the order that it began in, and trains no model to find it again.
+
+    They are found again by all ranks where one of them sees no file.
+    """
+
+    def no_training(*args):
+        pytest.fail("a model is trained")
+
+    data = Data(random_pairs(5), torch.zeros(5, 2), [False] * 5)
+    (tmp_path / "difficulty.json").write_text("[0.5, 0.1, 0.9, 0.1, 0.3]")
+    c = tiny(preselect=0.8)
+    with monkeypatch.context() as patch:
+        patch.setattr(sams, "train", no_training)
+        patch.setattr(sams, "validation_losses", no_training)
+        assert sams.easiest(c, data, data, None, tmp_path) == [1, 3, 4, 0]
+
+    found = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    monkeypatch.setattr(sams, "difficulties", lambda *_: found)
+    let_another_rank_say_yes(monkeypatch)
+    assert sams.easiest(c, data, data, None, tmp_path) == [4, 3, 2, 1]
+    assert json.loads((tmp_path / "difficulty.json").read_text()) == found.tolist()
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_a_difficulty_is_the_loss_that_is_trained_with(monkeypatch, tmp_path, loss):
+    """-log sigmoid(m) or (m / beta - 1 / 2 beta)^2, of log-probs under the other half's model."""
+    rng = random.Random(3)
+    logps = [random_numbers(rng, 2, -9, 0) for _ in range(5)]
+    ref_logps = [random_numbers(rng, 2, -9, 0) for _ in range(5)]
+    monkeypatch.setattr(sams, "logps_in_file", lambda *_: torch.tensor(logps))
+    unseen = Data(random_pairs(5), torch.tensor(ref_logps), [False] * 5)
+    start = Model("start", None, CPU, torch.float32)
+    expected = []
+    for both in zip(logps, ref_logps):
+        ratio = naive_ratio(*both)
+        if loss == "dpo":
+            expected.append(naive_loss(0.3 * ratio))
+        else:
+            expected.append((ratio - 1 / (2 * 0.3)) ** 2)
+    found = sams.validation_losses(tiny(loss=loss), tmp_path, start, unseen)
+    assert found.tolist() == near(expected)
+
+
+def test_the_report_counts_the_pairs_that_were_trained_on(tmp_path, capsys):
+    """Its table's second column: the selected ones of all steps so far; results.json says more."""
+    told = {"score_seconds": 0.25, "selector/seconds": 0.5, "eval/accuracy": 0.75}
+    steps = []
+    for number, (n, k) in enumerate([(16, 8), (12, 6), (4, 2)], 1):
+        counts = {"batch/pairs": n, "selected/pairs": k, "batch/flipped": 0, "selected/flipped": 0}
+        steps.append({"step": number, **counts, **told})
+    del steps[0]["eval/accuracy"]
+    (tmp_path / "metrics.jsonl").write_text(job.json_lines(steps))
+    sams.report(tiny(seed=3), tmp_path, 0.0)
+
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row[1:6:2] for row in rows[2:]] == [["2", "14", "0.750"], ["3", "16", "0.750"]]
+    found = results(tmp_path)
+    assert (found["pairs_trained"], found["steps"], found["seed"]) == (16, 3, 3)
+    assert (found["accuracy"], found["flipped_selected"]) == (0.75, None)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert (written["score_seconds"], written["selector_seconds"]) == (0.75, 1.5)
+
+
+def test_a_run_goes_on_with_the_flags_that_it_was_begun_with(tmp_path, capsys):
+    """Only where it lies, how often it saves, and how it is spread over the ranks may change."""
+    free = {"out", "resume", "overwrite", "reference", "save_every", "save_dtype"}
+    free |= {"parallel", "micro_batch"}
+    c = tiny()
+    begun = dataclasses.asdict(c)
+    for name in begun:
+        changed = {**begun, name: "another value"}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        if name in free:
+            job.check_same_flags(tmp_path, c, sams.MAY_CHANGE)
+            continue
+        with pytest.raises(SystemExit) as stop:
+            job.check_same_flags(tmp_path, c, sams.MAY_CHANGE)
+        assert stop.value.code == 2
+        assert f"was begun with --{name} another value" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "more, complaint",
     [
@@ -1617,6 +2010,10 @@ def test_the_easiest_share_is_rounded_up_and_sorted(monkeypatch, tmp_path):
         ({"preselect_splits": 0}, "--preselect_splits"),
         ({"selector_width": 6, "selector_depth": 3}, "--selector_pooling"),
         ({"encoder": "nowhere"}, "--encoder nowhere: not a model folder"),
+        ({"pretrain_rounds": 1}, "--pretrain_rounds 1 would freeze an untrained encoder"),
+        ({"pretrain_rounds": 4001}, "--pretrain_rounds 4001: more than 1000 passes over 60 pairs"),
+        ({"pretrain_rounds": 2001, "preselect": 0.5}, "more than 1000 passes over 30 pairs"),
+        ({"limit": 1, "preselect": 0.5}, "--preselect needs two pairs at least"),
         ({"beta": 0}, "--beta"),
         ({"batch": 10}, "can't be divided"),
         ({"max_prompt": 2}, "too few"),
@@ -1657,13 +2054,16 @@ def test_the_plan_says_what_the_selector_and_its_pool_may_take(more, numbers_of_
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(monkeypatch, flags, tmp_path, capsys):
-    """Counts, flips, steps and one pair with its masks; no folder, no model."""
+    """Counts, flips, steps and one pair with its masks; no folder, no model.
+
+    A pretraining of exactly 1000 passes, of four batches each, may be.
+    """
 
     def no_model(*args, **kwargs):
         pytest.fail("a model was loaded")
 
     monkeypatch.setattr(sams, "load_lm", no_model)
-    run(monkeypatch, sams, *flags(tmp_path / "run"), "--dry_run")
+    run(monkeypatch, sams, *flags(tmp_path / "run", pretrain_rounds=4000), "--dry_run")
     text = capsys.readouterr().out
     assert "60 training pairs (12 flipped), 16 held-out pairs" in text
     assert "4 steps" in text
