@@ -979,9 +979,9 @@ def test_a_correction_goes_on_only_with_the_prompts_that_its_judge_was_asked_wit
 
 def test_what_nobody_has_judged_says_so(tmp_path):
     """Without a judge a pair is kept, and meta.by is a person or nobody."""
-    at = slice_of(4, tmp_path)
-    made, _ = make_pairs(Config(), at, candidates(4))
-    judged = judge_pairs(Config(), at, made, None)
+    at, c = slice_of(4, tmp_path), Config(judge="none", verdicts="verdicts.jsonl")
+    made, _ = make_pairs(c, at, candidates(4))
+    judged = judge_pairs(c, at, made, None)
     people = {made[3]["id"]: "swap"}
     after = apply_verdicts(made, judged, people, at.name, None)
     assert [pair["meta"]["by"] for pair in after] == [None] * 3 + ["person"] + [None] * 4
@@ -1226,7 +1226,7 @@ def test_what_could_not_be_read_is_in_no_share_against_the_start(tmp_path):
 
 def test_what_could_not_be_read_is_in_no_moment_of_the_scores(monkeypatch, tmp_path):
     """A prompt's moments are those of its scores that could be read; without any it has none."""
-    scores = [[1, 3, None, 8], [None, None, 5, 5], [None] * 4, [2, 2, 2, 9]]
+    scores = [[1, None, 8], [None, 5, 5], [None] * 3, [2, 2, 9], [1, 3, 8]]
     drawn = []
     for i, of_row in enumerate(scores):
         for k, score in enumerate(of_row):
@@ -1241,20 +1241,20 @@ def test_what_could_not_be_read_is_in_no_moment_of_the_scores(monkeypatch, tmp_p
         return None if number == "?" else float(number)
 
     monkeypatch.setattr(common, "generate", generate)
-    at = slice_of(4, tmp_path)
-    c = Config(n_scores=4, sample_batch=3)
+    at = slice_of(5, tmp_path)
+    c = Config(n_scores=3, sample_batch=2)
     found = tso.score_spread(c, at, at.rows, None, None, Fake(read))
 
-    moments = [naive_moments([1, 3, 8]), naive_moments([2, 2, 2, 9])]
+    moments = [naive_moments(some) for some in ([1, 8], [2, 2, 9], [1, 3, 8])]
     assert found == {
         "skewness": near(mean([skewness for skewness, _ in moments])),
         "kurtosis": near(mean([kurtosis for _, kurtosis in moments])),
-        "no_spread": 2 / 4,
+        "no_spread": 2 / 5,
     }
     rows = job.read_jsonl(tmp_path / "spread.jsonl")
-    assert [row["mean"] for row in rows] == [4, 5, None, 15 / 4]
-    first, equal, unread, last = [row["skewness"] for row in rows]
-    assert [first, last] == near([skewness for skewness, _ in moments])
+    assert [row["mean"] for row in rows] == [4.5, 5, None, near(13 / 3), 4]
+    first, equal, unread, *last = [row["skewness"] for row in rows]
+    assert [first, *last] == near([skewness for skewness, _ in moments])
     assert equal is unread is None
 
 
