@@ -1187,6 +1187,8 @@ def test_a_run_is_not_shortened(tmp_path, capsys):
         tso.prepare(c, torch.device("cpu"))
     line = f"error: {after} is there already: this run had a larger --rounds\n"
     assert one_line(stop, capsys) == line
+    begun_again = Config(out=str(tmp_path), overwrite=True)
+    job.refuse_to_shorten(begun_again, after.name, "--rounds")  # what is deleted does not matter
 
 
 # ---------------------------------------------------------------- measurements
