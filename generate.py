@@ -93,7 +93,7 @@ class Config:
             raise ValueError("--pairs needs answers that differ: --temperature must be above 0")
         if self.pairs and self.n < 2:
             raise ValueError("--pairs needs at least two answers a prompt: --samples 5")
-        if self.pairs and Path(self.pairs) == Path(self.out):
+        if self.pairs and Path(self.pairs).resolve() == Path(self.out).resolve():
             raise ValueError("--pairs and --out are one file: the pairs would replace the answers")
 
 
@@ -159,16 +159,21 @@ def leave_out_long(rows: list[dict], dropped: Counter, tok, config, c: Config) -
 def score_answers(answers: list[dict], judge: Judge, c: Config) -> list[float | None]:
     """The judge's scores of all answers, kept in PAIRS.scores until the pairs are written."""
 
+    asked = [(answer["prompt"], answer["response"]) for answer in answers]
+    ids = [f"{job.seed_of(judge.key, question):016x}" for question in asked]
+
     def work(items, number):
-        return [{"score": score} for score in score_rows(judge, answers, items)]
+        scores = score_rows(judge, answers, items)
+        return [{"id": ids[i], "score": score} for i, score in zip(items, scores)]
 
     scored = job.phase(
         Path(f"{c.pairs}.scores"),
         list(range(len(answers))),
         work,
         c.batch,
-        settings=[judge.key, [(answer["prompt"], answer["response"]) for answer in answers]],
+        settings=ids,
         note="score",
+        ids=ids,
     )
     return [row["score"] for row in scored]
 

@@ -6,6 +6,7 @@ Bad input ends in one line, exit code 2, before any model is loaded.
 import dataclasses
 import gzip
 import json
+import os
 import re
 import socket
 import sys
@@ -1229,7 +1230,7 @@ def test_an_output_file_is_not_that_of_the_pairs(refused, bare, tmp_path):
     """generate.py's pairs would replace its answers."""
     out = tmp_path / "o.jsonl"
     flags = generate_flags(bare, out, samples=2, judge="toy")
-    for pairs in (out, f"{tmp_path}/./o.jsonl"):
+    for pairs in (out, os.path.relpath(out)):
         has(refused(generate, *flags, "--pairs", pairs), "--pairs and --out are one file")
     assert not out.exists()
 
@@ -1301,6 +1302,30 @@ def test_scores_of_another_judge_or_of_other_texts_are_not_gone_on_with(tmp_path
     ]
     assert {(pair["chosen"], pair["rejected"]) for pair in pairs} == {("longer", "short")}
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_finished_scores_of_another_judge_are_no_scores(tmp_path, capsys, monkeypatch):
+    """Killed between the last score and the pairs: another judge is refused, the same goes on."""
+    c = pairs_config(tmp_path)
+    begun = prompts_and_answers("p")
+
+    def killed(*arguments):
+        raise Tired
+
+    with monkeypatch.context() as patch, pytest.raises(Tired):
+        patch.setattr(generate, "preference_pair", killed)
+        generate.write_pairs(*begun, Patient("one", most=6), c)
+    scores = Path(f"{c.pairs}.scores")
+    assert scores.exists()
+
+    with pytest.raises(SystemExit) as end:
+        generate.write_pairs(*begun, Patient("two", most=0), c)
+    assert end.value.code == 2
+    has(capsys.readouterr().err, str(scores))
+    assert not Path(c.pairs).exists()
+
+    generate.write_pairs(*begun, Patient("one", most=0), c)
+    assert len(Path(c.pairs).read_text().splitlines()) == len(begun[0])
 
 
 def test_answers_are_paired_only_with_the_prompts_that_they_answer(tmp_path, capsys):
