@@ -330,8 +330,7 @@ def main():
     started = time.monotonic()
     sampling = Sampling(c.temperature, c.max_response, c.sample_batch)
     start = Slice(0, 0, 0, [], out / "start")
-    worth = measure(c, start, policy, test_rows, sampling, judge)
-    results = [{"round": 0, "slice": 0, **worth}]
+    results = [{"round": 0, "slice": 0, **measure(c, start, policy, test_rows, sampling, judge)}]
     round_ends = []  # the models of the rounds so far
     for at in all_slices(c, parts, out):
         # diversity: versions x scales sample the candidates
