@@ -12,6 +12,7 @@ floor    the backbone forward and backward on the same real tokens: no padding, 
 dpo      our loop, reference log-probs at hand; dpo+ac: with activation checkpointing;
          dpo+compile: with compiled layers (--rows dpo+compile)
 sams     scoring, a small selector at work on 33 rounds, training on the half that it picks;
+         sams+ac: with activation checkpointing (--rows dpo+ac sams+ac);
          sams+paper: with a selector of the paper's size and a frozen encoder (--rows sams+paper)
 tso      the dual-clip loss with a resident reference: DPO where the reference is not precomputed
 dnpo     the joint update: resident reference with noise head
@@ -81,7 +82,7 @@ LLAMA_8B = {
 }
 SHAPES = {"1b": LLAMA_1B, "8b": LLAMA_8B}
 ROWS = ["floor", "dpo", "dpo+ac", "sams", "tso", "dnpo"]
-ONLY_IF_ASKED = ["dpo+compile", "sams+paper"]
+ONLY_IF_ASKED = ["dpo+compile", "sams+ac", "sams+paper"]
 SMALL_SELECTOR = {"selector_depth": 2, "selector_width": 128, "encoder": "none", "context": "both"}
 PAPERS_SELECTOR = {"selector_depth": 16, "selector_width": 4096}
 ROWS_OF_RANKS = ["dpo", "dpo+ac", "sams"]  # that several ranks can share
@@ -322,6 +323,9 @@ def make_steps(c, loaded: Loaded, device) -> tuple[dict[str, Callable], list[nn.
     }
     if "sams" in c.rows:
         steps["sams"] = partial(choose_and_train, work, busy_bandit(work, frozen=False))
+    if "sams+ac" in c.rows:
+        bandit = busy_bandit(work, frozen=False)
+        steps["sams+ac"] = partial(choose_and_train_checkpointed, work, bandit)
     if "sams+paper" in c.rows:
         how = sams.Config(**same_sams, **PAPERS_SELECTOR, encoder=c.encoder)
         papers = work._replace(how=how)
@@ -401,6 +405,11 @@ def choose_and_train(work: Work, bandit: sams.Bandit):
     """A round of SamS."""
     chosen = choose(work, bandit, observe(work))
     sams.descend(work.how, work.policy, work.data, chosen, work.device)
+
+
+def choose_and_train_checkpointed(work: Work, bandit: sams.Bandit):
+    with activation_checkpointing(work.policy.lm):
+        choose_and_train(work, bandit)
 
 
 def observe(work: Work) -> sams.Seen:

@@ -106,7 +106,7 @@ def gradients_of_two(lm, reference, pairs: list[Pair]) -> list[Tensor]:
 
 
 def test_every_row_does_the_work_it_is_named_for(config, monkeypatch):
-    """dpo+ac and dpo+compile have dpo's gradients, sams has those of half of the pairs.
+    """dpo+ac and dpo+compile have dpo's gradients, those of sams are of half of the pairs.
 
     These pairs are the longest.
 
@@ -138,7 +138,7 @@ def test_every_row_does_the_work_it_is_named_for(config, monkeypatch):
     torch.testing.assert_close(gradients("dpo+compile"), plain, atol=1e-5, rtol=1e-4)
 
     of_two = gradients_of_two(lm, reference, pairs)
-    for row in ("sams", "sams+paper"):
+    for row in ("sams", "sams+ac", "sams+paper"):
         half = gradients(row)
         assert sum(torch.allclose(two, half, atol=1e-6) for two in of_two) == 1
 
@@ -152,6 +152,26 @@ def test_every_row_does_the_work_it_is_named_for(config, monkeypatch):
 
     floor = gradients("floor")
     torch.testing.assert_close(floor, floor_by_hand(lm, pairs), atol=1e-6, rtol=1e-4)
+
+
+def test_what_is_recomputed(config):
+    """How often the first layer is run in a step: forward, and again in the backward pass."""
+    rows = ["dpo", "dpo+ac", "sams", "sams+ac"]
+    config = dataclasses.replace(config, rows=rows)
+    loaded = bench.load(config, CPU)
+    steps, _ = bench.make_steps(config, loaded, CPU)
+
+    calls = []
+    mlp = common.blocks(loaded.lm)[0].mlp
+    mlp.register_forward_pre_hook(lambda *_: calls.append("run"))
+    found = {}
+    for row in rows:
+        calls.clear()
+        steps[row]()
+        found[row] = len(calls)
+
+    # SamS scores all pairs once more; what is scored is not recomputed.
+    assert found == {"dpo": 1, "dpo+ac": 2, "sams": 2, "sams+ac": 3}
 
 
 def test_the_table_is_written(monkeypatch, world, tmp_path, capsys):
