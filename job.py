@@ -517,12 +517,7 @@ def phase(
 
         # 4. all parts, put into the items' order
         if on_rank_0():
-            done = read_parts(path, stamp)
-            rows = [None] * len(items)
-            for number, batch in enumerate(batches):
-                for i, row in zip(batch, done[number]):
-                    rows[i] = row
-            write_atomic(path, json_lines(row for row in rows if row is not None))
+            join_parts(path, batches, stamp)
         barrier()
 
     rows = read_jsonl(path)
@@ -534,6 +529,18 @@ def phase(
         for part in parts_of(path):
             part.unlink()
     return rows
+
+
+def join_parts(path: Path, batches: list[list[int]], stamp: str):
+    """Writes a phase's file from its finished parts. batches: the indices of each one's items."""
+    done = read_parts(path, stamp)
+    rows = {}
+    for number, batch in enumerate(batches):
+        for i, row in zip(batch, done[number]):
+            rows[i] = row
+
+    in_order = [rows[i] for i in sorted(rows)]
+    write_atomic(path, json_lines(row for row in in_order if row is not None))
 
 
 def check_ids(path: Path, found: list, expected: list[str]):
@@ -1219,16 +1226,13 @@ def memory_parts(
     embedding and head; unsharded ones have bf16 copies, all of them or, with activation
     checkpointing, those in use.
 
-    Activations are an estimate: what every Llama layer keeps of each token. With activation
-    checkpointing that is its input only, and one and a half whole layers, which are being
-    recomputed and have gradients. To this come four fp32 blocks of logits of `chunk` tokens, eight
-    with another head on them. Where a config has no intermediate_size they are left out.
+    Activations are an estimate (`activation_bytes`). Where a config has no intermediate_size they
+    are left out.
     """
     heads = heads or {}
-    world = world_size()
     shards = 1
     if dist.is_initialized() and c.parallel == "fsdp":
-        shards = world
+        shards = world_size()
     elif dist.is_initialized() and c.parallel == "hsdp":
         shards = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
@@ -1249,21 +1253,31 @@ def memory_parts(
     for name, weights in heads.items():
         parts[name] = 16 * weights / shards
 
-    inner = getattr(config, "intermediate_size", None)
-    if not isinstance(inner, int):
-        return parts
-    micro = min(c.micro_batch, c.batch // world)
+    if isinstance(getattr(config, "intermediate_size", None), int):
+        blocks = 8 if heads else 4
+        parts["activations up to about"] = activation_bytes(config, c, number, chunk, blocks)
+    return parts
+
+
+def activation_bytes(config, c, number: int, chunk: int, blocks: int) -> float:
+    """About how many bytes the activations of a forward and backward pass take on a rank.
+
+    It is what every Llama layer keeps of each token; a computed number has `number` bytes. With
+    activation checkpointing that is its input only, and one and a half whole layers, which are
+    being recomputed and have gradients. To this come `blocks` fp32 blocks of logits of `chunk`
+    tokens: four, or eight with another head on them.
+    """
+    V, D, L = config.vocab_size, config.hidden_size, config.num_hidden_layers
+    micro = min(c.micro_batch, c.batch // world_size())
     tokens = 2 * micro * (c.max_prompt + c.max_response)
+
     # of each token and layer: norms and residual stream in fp32, the rest as computed
-    layer = (28 + 4 * number) * D + 4 * inner * number
+    layer = (28 + 4 * number) * D + 4 * config.intermediate_size * number
     if c.activation_checkpointing:
         kept = tokens * (4 * L * D + 1.5 * layer)
     else:
         kept = tokens * (L * layer)
-    blocks = 8 if heads else 4
-    logits = blocks * 4 * V * min(chunk, 2 * micro * c.max_response)
-    parts["activations up to about"] = kept + logits
-    return parts
+    return kept + blocks * 4 * V * min(chunk, 2 * micro * c.max_response)
 
 
 def memory_plan(lm, c, **what) -> str:
