@@ -51,7 +51,9 @@ from common import (
 
 LETTERS = "abcdefghijklmnop"
 LAZY = 0.3  # share of an annotator's answers
-WORLD = 1  # part of the stamp: raise it when a world changes
+# part of the worlds' stamps: raise it when one changes
+WORLD = 1
+WORLD_OF_WORDS = 2
 BEST_OF = 8  # answers of the model to a prompt in the world of words
 HOW = Sampling(temperature=0.7, max_new_tokens=32, batch=64)  # at 1 a small model babbles
 KEPT = 0.8  # share of the layers of the smaller model
@@ -68,13 +70,10 @@ def score(prompt: str, answer: str) -> float:
     """
     if words.constraints_of(prompt):
         return words.score(prompt, answer)
-    if not set(prompt) <= set(LETTERS):
+    if not prompt or not set(prompt) <= set(LETTERS):
         job.die(f"--judge toy knows the prompts of toy.py alone, not {prompt[:40]!r}")
-    solution = sorted(prompt)
-    right = 0
-    for wanted, given in zip(solution, answer):
-        if wanted == given:
-            right += 1
+    solution = solve(prompt)
+    right = sum(wanted == given for wanted, given in zip(solution, answer))
     return 10 * right / max(len(solution), len(answer))
 
 
@@ -335,10 +334,11 @@ def make_words(folder: Path, path: str, seed: int, count: int):
 
     count: prompts, a fifth of them held out. What is done stands in FOLDER.unfinished until all is.
     """
-    stamp = {"world": WORLD, "model": path, "seed": seed, "prompts": count}
+    stamp = {"world": WORLD_OF_WORDS, "model": path, "seed": seed, "prompts": count}
     if folder.exists():
         check_stamp(folder, stamp)
         return
+    tok, _ = load_tokenizer(path)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     job.hold(unfinished / "lock", unfinished)
     begun = unfinished / "world.json"
@@ -346,7 +346,6 @@ def make_words(folder: Path, path: str, seed: int, count: int):
         check_stamp(unfinished, stamp)
     else:
         job.write_atomic(begun, json.dumps(stamp))
-    tok, _ = load_tokenizer(path)
 
     rng = random.Random(job.seed_of("words", seed))
     prompts = set()
@@ -361,7 +360,8 @@ def make_words(folder: Path, path: str, seed: int, count: int):
     model = Model(path, tok, device, torch.float32)
     answers = generate(unfinished / "answers.jsonl", rows, model, HOW, seed, n=BEST_OF)
     train = write_answered(unfinished, rows, answers, rng)
-    train_smaller(unfinished / "smaller", path, tok, train, device)
+    if not (unfinished / "smaller").exists():
+        train_smaller(unfinished / "smaller", path, tok, train, device)
 
     job.stop_if_asked()
     (unfinished / "lock").unlink()
@@ -418,9 +418,10 @@ def train_smaller(folder: Path, path: str, tok, rows: list[dict], device):
     layers = blocks(lm)
     kept = round(KEPT * len(layers))
     del layers[kept:]
-    lm.config.num_hidden_layers = kept
-    if getattr(lm.config, "layer_types", None):
-        lm.config.layer_types = lm.config.layer_types[:kept]
+    config = lm.config.get_text_config(decoder=True)
+    config.num_hidden_layers = kept
+    if vars(config).get("layer_types"):  # which some models derive from something else
+        config.layer_types = config.layer_types[:kept]
 
     scorer = Scorer(lm)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=5e-5)

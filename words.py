@@ -83,8 +83,10 @@ FUNCTION_WORDS = (
 )
 ASKING = (
     "what which who whom whose when where why how is are was were do does did can could will would "
-    "should have has had may might"
+    "should have has had may might isn't aren't wasn't weren't don't doesn't didn't can't couldn't "
+    "won't wouldn't shouldn't haven't hasn't hadn't"
 )
+QUOTES = "\"“”'"
 
 
 def listed(text: str) -> list[str]:
@@ -100,12 +102,18 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text.lower())
 
 
+def length_of(text: str) -> int:
+    """How many words and numbers a text has, without the numbers of a list's lines."""
+    text = re.sub(r"(?m)^\s*\d+[.)]", "", text)
+    return len(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text))
+
+
 def is_one_sentence(text: str) -> bool:
     """One line that ends with . ! or ?, has none of them before, and is not a bare list.
 
     A bare list is one with commas after half of its words or more, or without a function word.
     """
-    text = text.strip().strip("\"“”'")
+    text = text.strip().strip(QUOTES)
     words = words_of(text)
     ended = re.fullmatch(r"[^.!?\n]+[.!?]", text) is not None
     has_grammar = bool(set(listed(FUNCTION_WORDS)) & set(words))
@@ -142,25 +150,35 @@ def sentence_about(answer: str, topic: str) -> float:
 
 
 def question_about(answer: str, topic: str) -> float:
-    """Half for one sentence that asks, half for the topic."""
-    asks = is_one_sentence(answer) and answer.strip().endswith("?")
-    asks = asks and words_of(answer)[0] in listed(ASKING)
+    """Half for one sentence that asks, half for the topic.
+
+    It asks if it ends with ? and its first word is one that asks. It may be a quotation as a whole.
+    """
+    text = answer.strip()
+    if text[:1] in QUOTES and text[-1:] in QUOTES:
+        text = text[1:-1]
+    asks = False
+    if is_one_sentence(text) and text.endswith("?"):
+        first = words_of(text)[0].replace("’", "'")
+        before_apostrophe = first.split("'")[0]  # what's: what
+        asks = first in listed(ASKING) or before_apostrophe in listed(ASKING)
     return 0.5 * asks + 0.5 * mentions(answer, topic)
 
 
 def list_of(answer: str, count: str, kind: str) -> float:
     """Half for the kind of the items, half for as many as asked for, separated by commas alone.
 
-    The first half is the share of items that are of the kind, none counted twice. Where that share
-    is below a half, there is nothing else; the other half loses 1/count for every item missing or
-    too many.
+    The first half is the share of items that are of the kind, none counted twice, in no two forms
+    either. Where that share is below a half, there is nothing else; the other half loses 1/count
+    for every item missing or too many.
     """
-    known = set()
+    members = {}  # of each form, whose it is
     for member in listed(KINDS[kind]):
-        known |= {member, f"{member}s", f"{member}es"}
-        known |= {re.sub("y$", "ies", member), re.sub("fe?$", "ves", member)}
+        plurals = f"{member}s", f"{member}es", re.sub("y$", "ies", member)
+        for form in (member, *plurals, re.sub("fe?$", "ves", member)):
+            members[form] = member
     count, items = int(count), items_of(answer)
-    right = len(set(items) & known)
+    right = len({members[item] for item in items if item in members})
     of_kind = min(right, count) / max(len(items), count)
     if of_kind < 0.5:
         return 0.5 * of_kind
@@ -173,12 +191,12 @@ def list_of(answer: str, count: str, kind: str) -> float:
 
 def exactly_n_words(answer: str, n: str) -> float:
     """1, less 1/n for every word that is missing or too many."""
-    return max(0.0, 1 - abs(len(words_of(answer)) - int(n)) / int(n))
+    return max(0.0, 1 - abs(length_of(answer) - int(n)) / int(n))
 
 
 def at_most_n_words(answer: str, n: str) -> float:
     """1, less 1/n for every word that is too many."""
-    return min(1.0, max(0.0, 2 - len(words_of(answer)) / int(n)))
+    return min(1.0, max(0.0, 2 - length_of(answer) / int(n)))
 
 
 def uses_both(answer: str, first: str, second: str) -> float:
@@ -204,25 +222,31 @@ def ends_with_stop(answer: str) -> float:
 class Constraint(NamedTuple):
     """What a prompt can ask for: its sentence, and the credit of an answer to it, from 0 to 1.
 
-    The blanks of the sentence are the credit's arguments after the answer.
+    The blanks of the sentence are the credit's arguments after the answer. `blanks` are patterns of
+    what may stand in them.
     """
 
     sentence: str
     credit: Callable[..., float]
+    blanks: tuple[str, ...] = ()
+
+
+NUMBER = r"[1-9]\d*"
+TEXT = ".+?"
 
 
 TASKS = {
-    "sentence": Constraint("Describe {} in one sentence.", sentence_about),
-    "question": Constraint("Write a short question about {}.", question_about),
-    "list": Constraint("List {} {}, separated by commas.", list_of),
+    "sentence": Constraint("Describe {} in one sentence.", sentence_about, (TEXT,)),
+    "question": Constraint("Write a short question about {}.", question_about, (TEXT,)),
+    "list": Constraint("List {} {}, separated by commas.", list_of, (NUMBER, "|".join(KINDS))),
 }
 MORE = {
-    "exactly": Constraint("Use exactly {} words.", exactly_n_words),
-    "at most": Constraint("Use at most {} words.", at_most_n_words),
-    "both": Constraint('Use the words "{}" and "{}".', uses_both),
+    "exactly": Constraint("Use exactly {} words.", exactly_n_words, (NUMBER,)),
+    "at most": Constraint("Use at most {} words.", at_most_n_words, (NUMBER,)),
+    "both": Constraint('Use the words "{}" and "{}".', uses_both, (TEXT, TEXT)),
     "lowercase": Constraint("Use only lowercase letters.", only_lowercase),
     "stop": Constraint("Put a full stop at the end.", ends_with_stop),
-    "ending": Constraint('End with the word "{}".', ends_with),
+    "ending": Constraint('End with the word "{}".', ends_with, (TEXT,)),
 }
 
 
@@ -233,7 +257,9 @@ def constraints_of(prompt: str) -> list[tuple[Constraint, tuple[str, ...]]]:
     """The constraints that a prompt states, each with what fills its blanks."""
     found = []
     for constraint in [*TASKS.values(), *MORE.values()]:
-        pattern = re.escape(constraint.sentence).replace(r"\{\}", "(.+?)")
+        pattern = re.escape(constraint.sentence)
+        for blank in constraint.blanks:
+            pattern = pattern.replace(r"\{\}", f"({blank})", 1)
         match = re.search(pattern, prompt)
         if match:
             found.append((constraint, match.groups()))
@@ -244,12 +270,16 @@ def has_fault(prompt: str, answer: str) -> bool:
     """Whether an answer repeats itself or copies four words in a row from its prompt.
 
     It repeats itself if a word follows itself, or if more than a fifth of the words that are not
-    function words were there before.
+    function words were there before. In a list the items count in the place of words: a sweet
+    potato and a potato are two vegetables.
     """
     words = words_of(answer)
-    doubled = any(word == after for word, after in zip(words, words[1:]))
+    asked_for = [constraint for constraint, _ in constraints_of(prompt)]
+    is_list = TASKS["list"] in asked_for
+    parts = items_of(answer) if is_list else words
+    doubled = any(part == after for part, after in zip(parts, parts[1:]))
     function_words = set(listed(FUNCTION_WORDS))
-    content = [word for word in words if word not in function_words]
+    content = [part for part in parts if part not in function_words]
     repeated = 5 * len(set(content)) < 4 * len(content)
 
     asked = f" {' '.join(words_of(prompt))} "

@@ -381,6 +381,28 @@ def test_the_noise_comes_after_the_soft_cap_and_the_scale(folder_of, name):
     assert clean_logps.item() == pytest.approx(clean.item(), abs=1e-4)
 
 
+FIVE_LAYERS = {
+    "Gemma-3 with eyes": seeing(num_hidden_layers=5),
+    "Falcon-H1": shape(FalconH1Config, num_hidden_layers=5, mamba_d_state=8, **MAMBA),
+}
+
+
+@pytest.mark.parametrize("name", FIVE_LAYERS)
+def test_the_smaller_model_of_a_family_is_what_was_saved(folder_of, tmp_path, monkeypatch, name):
+    """toy.py's first layers, of a model whose layers are those of a part of it, or of two kinds."""
+    path = str(folder_of(FIVE_LAYERS[name], f"{name}, five layers"))
+    tok, _ = common.load_tokenizer(path)
+    trained = []
+    save = toy.save
+    monkeypatch.setattr(toy, "save", lambda lm, *where: (trained.append(lm), save(lm, *where)))
+    rows = [{"prompt": [{"role": "user", "content": "badc"}], "response": "abcd"}]
+    toy.train_smaller(tmp_path / "smaller", path, tok, rows, CPU)
+
+    assert len(common.blocks(trained[0])) == 4
+    found = own_logits(sharp(tmp_path / "smaller"), [1, 40, 41, 7])
+    torch.testing.assert_close(found, own_logits(trained[0], [1, 40, 41, 7]))
+
+
 @pytest.mark.parametrize("name", ["GPT-2", "Gemma-3 with eyes"])
 def test_the_memory_plan_leaves_out_what_a_config_does_not_say(folder_of, name):
     """GPT-2 has no intermediate_size: no activations are counted. A wrapper's text config counts.

@@ -62,6 +62,13 @@ BY_HAND = [
     (WINTER + " Use at most 9 words.", "Winter is cold in the north.", 7.5),
     (WINTER + " Use at most 9 words.", "Why is it so cold in the north?", 7.5),
     (WINTER + " Use at most 9 words.", "So winter is cold in the north?", 7.5),
+    (WINTER + " Use at most 9 words.", "What's the best thing about winter?", 10),
+    (WINTER + " Use at most 9 words.", "Isn’t winter too cold in the north?", 10),
+    (WINTER + " Use at most 9 words.", '"Why is winter so cold in the north?"', 10),
+    (WINTER + " Use at most 9 words.", 'What about "Why is winter so cold?"', 7.5),
+    # numbers are words, but not those of a list's lines
+    (RIVERS_9, "There are 50 rivers in the big old country.", 10),
+    (RIVERS + " Use exactly 4 words.", "1. rivers\n2. lakes\n3. seas\n4. ponds", 7.5),
     # a list: half for the kind, half for the form
     (ANIMALS + LOWER, "cat, dog, bear, wolves", 10),
     (ANIMALS + LOWER, "cat, dog, bear, and wolf", 10),
@@ -74,7 +81,14 @@ BY_HAND = [
     (ANIMALS + LOWER, "here they are: cat, dog, bear", 10 * (0.25 + 1) / 2),
     ("List 6 animals, separated by commas." + LOWER, "cat, dog, bear, wolf, goat, cat",
      10 * ((0.5 * 5 / 6 + 0.5) + 1) / 2),
+    ("List 3 vegetables, separated by commas." + LOWER, "potato, sweet potato, carrot", 10),
+    ("List 3 countries, separated by commas. Put a full stop at the end.",
+     "United States, United Kingdom, South Korea.", 10),
     # cheats
+    (RIVERS + " Use at most 8 words.", "Rivers 1 2 3 4 5 6 7 8 9 10 are in the land.",
+     10 * (1 + 0.125) / 2),
+    (ANIMALS + LOWER, "cat, cats, dog, dogs", 10 * ((0.5 * 2 / 4 + 0.5) + 1) / 2),
+    (ANIMALS + LOWER, "cat, cat, dog, bear", 3),
     (RIVERS_9, "", 0),
     (RIVERS + LOWER, " ... !", 0),
     (RIVERS_9, "A river carries cold cold water to a sea.", 3),
@@ -122,12 +136,22 @@ def test_a_prompt_of_letters_is_judged_as_letters():
     assert toy.score("badc", "abdc") == 5
 
 
-def test_a_prompt_of_no_world_is_not_judged(capsys):
-    """English without a constraint would be judged as letters: one line, exit code 2."""
+FOREIGN = [
+    "Write a poem",
+    "List 3 tools, separated by commas.",
+    "List some animals, separated by commas.",
+    "Use exactly ten words.",
+    "",
+]
+
+
+@pytest.mark.parametrize("prompt", FOREIGN)
+def test_a_prompt_of_no_world_is_not_judged(prompt: str, capsys):
+    """English without a constraint that we know would be judged as letters: one line, code 2."""
     with pytest.raises(SystemExit) as stop:
-        toy.score("Write a poem", "Write")
+        toy.score(prompt, "Write")
     assert stop.value.code == 2
-    line = "error: --judge toy knows the prompts of toy.py alone, not 'Write a poem'\n"
+    line = f"error: --judge toy knows the prompts of toy.py alone, not {prompt!r}\n"
     assert capsys.readouterr().err == line
 
 
@@ -141,6 +165,15 @@ def test_a_world_without_prompts_is_refused(tmp_path: Path, monkeypatch, capsys)
     assert stop.value.code == 2
     assert "--prompts must be positive, not 0" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_model_that_is_not_there_leaves_no_folder(tmp_path: Path):
+    """The next start, with the right path, is not refused as that of another world."""
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        make_world(tmp_path / "words", tmp_path / "typo", seed=0)
+    assert refused.value.returncode == 2
+    assert "typo" in refused.value.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def make_world(folder: Path, model: Path, seed: int) -> str:
@@ -164,7 +197,8 @@ def test_a_world_of_words_is_its_seed_s(world: Path, tmp_path: Path):
     """The same seed makes the same files, in one go or in two; another one, other prompts.
 
     The model is the world of letters' own, so that no real one is needed. What was done before a
-    kill is kept: here all answers. A start with another seed does not go on with them.
+    kill is kept: here all answers and the smaller model. A start with another seed does not go on
+    with them.
     """
     said = make_world(tmp_path / "one", world / "sft", seed=0)
     one = files_of(tmp_path / "one")
@@ -179,6 +213,7 @@ def test_a_world_of_words_is_its_seed_s(world: Path, tmp_path: Path):
     unfinished = tmp_path / "two.unfinished"
     unfinished.mkdir()
     (unfinished / "answers.jsonl").write_bytes(one["answers.jsonl"])
+    shutil.copytree(tmp_path / "one" / "smaller", unfinished / "smaller")
     shutil.copy(tmp_path / "one" / "world.json", unfinished)
     with pytest.raises(subprocess.CalledProcessError) as refused:
         make_world(tmp_path / "two", world / "sft", seed=1)
