@@ -135,21 +135,21 @@ class Config:
 # ---------------------------------------------------------------- time and memory of a step
 
 
-@contextlib.contextmanager
-def activation_checkpointing(lm):
-    """Inside, every layer of the model is recomputed in the backward pass."""
-    for layer in common.blocks(lm):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    yield
-    for layer in common.blocks(lm):
-        del layer.forward
+def checkpointed(forward: Callable) -> Callable:
+    """A layer's forward pass that is run again in the backward pass."""
+    return partial(checkpoint, forward, use_reentrant=False)
+
+
+def compiled(forward: Callable) -> Callable:
+    """A layer's forward pass, compiled once and for all."""
+    return torch.compile(forward, dynamic=True)
 
 
 @contextlib.contextmanager
-def compiled(lm):
-    """Inside, every layer of the model is compiled, once and for all."""
+def layers_wrapped(lm, wrap: Callable):
+    """Inside, the forward pass of each of the model's layers is what `wrap` makes of it."""
     for layer in common.blocks(lm):
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+        layer.forward = wrap(layer.forward)
     yield
     for layer in common.blocks(lm):
         del layer.forward
@@ -229,7 +229,8 @@ def load(c, device) -> Loaded:
 
     lm = make_lm() if c.ranks == 1 else None
     if c.length:
-        pairs = random_pairs(c.pairs, c.length, config.vocab_size)
+        vocabulary = config.get_text_config(decoder=True).vocab_size
+        pairs = random_pairs(c.pairs, c.length, vocabulary)
     else:
         pairs = longest_pairs(c, tok)
 
@@ -318,14 +319,13 @@ def make_steps(c, loaded: Loaded, device) -> tuple[dict[str, Callable], list[nn.
     steps = {
         "floor": partial(floor, work, unpadded(loaded.pairs, device)),
         "dpo": partial(dpo, work),
-        "dpo+ac": partial(dpo_checkpointed, work),
-        "dpo+compile": partial(dpo_compiled, work),
+        "dpo+ac": partial(wrapped, checkpointed, dpo, work),
+        "dpo+compile": partial(wrapped, compiled, dpo, work),
     }
-    if "sams" in c.rows:
-        steps["sams"] = partial(choose_and_train, work, busy_bandit(work, frozen=False))
-    if "sams+ac" in c.rows:
+    if "sams" in c.rows or "sams+ac" in c.rows:
         bandit = busy_bandit(work, frozen=False)
-        steps["sams+ac"] = partial(choose_and_train_checkpointed, work, bandit)
+        steps["sams"] = partial(choose_and_train, work, bandit)
+        steps["sams+ac"] = partial(wrapped, checkpointed, choose_and_train, work, bandit)
     if "sams+paper" in c.rows:
         how = sams.Config(**same_sams, **PAPERS_SELECTOR, encoder=c.encoder)
         papers = work._replace(how=how)
@@ -391,25 +391,16 @@ def dpo(work: Work) -> Tensor:
     return sums["loss"]
 
 
-def dpo_checkpointed(work: Work):
-    with activation_checkpointing(work.policy.lm):
-        dpo(work)
-
-
-def dpo_compiled(work: Work):
-    with compiled(work.policy.lm):
-        dpo(work)
+def wrapped(wrap: Callable, step: Callable, work: Work, *more):
+    """Another row's step, with the policy's layers wrapped."""
+    with layers_wrapped(work.policy.lm, wrap):
+        step(work, *more)
 
 
 def choose_and_train(work: Work, bandit: sams.Bandit):
     """A round of SamS."""
     chosen = choose(work, bandit, observe(work))
     sams.descend(work.how, work.policy, work.data, chosen, work.device)
-
-
-def choose_and_train_checkpointed(work: Work, bandit: sams.Bandit):
-    with activation_checkpointing(work.policy.lm):
-        choose_and_train(work, bandit)
 
 
 def observe(work: Work) -> sams.Seen:
@@ -528,7 +519,11 @@ def measure(c, rank: int = 0, meeting: str = "") -> dict:
     loaded = load(c, device)
     steps, modules = make_steps(c, loaded, device)
 
-    # memory first: a heap with holes would hide growth, or make it
+    # what is made once, as compiled code is, belongs to no step
+    for step in job.progress(steps.values(), "first steps"):
+        step()
+
+    # memory before time: a heap with holes would hide growth, or make it
     memory = {}
     for row, step in job.progress(steps.items(), "memory"):
         memory[row] = peak(step, modules, device)
@@ -594,9 +589,9 @@ def model_flops(lm, pairs: list[Pair], tokens: int) -> float:
 
     They are (6 N + 6 L D T) a token; T is the longest sequence.
     """
-    config = lm.config
+    config = lm.config.get_text_config(decoder=True)
     N = sum(p.numel() for p in lm.parameters())
-    if not config.tie_word_embeddings:
+    if not lm.config.tie_word_embeddings:
         N -= lm.get_input_embeddings().weight.numel()
     T = 0
     for pair in pairs:

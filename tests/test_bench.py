@@ -423,7 +423,7 @@ def test_the_memory_plan_bounds_what_a_step_makes(method, checkpointing, dtype):
 
     checkpointed = contextlib.nullcontext()
     if checkpointing:
-        checkpointed = bench.activation_checkpointing(lm)
+        checkpointed = bench.layers_wrapped(lm, bench.checkpointed)
     with checkpointed, Alive() as memory:
         if method is sams:
             data = sams.Data(pairs, torch.zeros(8, 2), [False] * 8)
