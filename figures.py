@@ -389,7 +389,10 @@ def spreads(run: Run) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
-def flipped_selected(run: Run, window: int = 10) -> list[float]:
+WINDOW = 10  # updates
+
+
+def flipped_selected(run: Run, window: int = WINDOW) -> list[float]:
     """The share of the flipped pairs that were selected, after every update.
 
     It counts the batches of the last `window` updates, and is nan before the first flipped pair.
@@ -414,6 +417,7 @@ def costs(run: Run) -> dict[str, float]:
     """What an update costs: seconds of its parts, and the run's peak memory in GiB.
 
     The parts are the scoring pass, the selector, and the rest: training, held-out measurements.
+    Of a run that was resumed the whole is timed since then, the two parts over all of its steps.
     """
     whole = mean_of(run, "batch/pairs") / run.metrics[-1]["pairs_per_second"]
     score = mean_of(run, "score_seconds")
@@ -509,16 +513,21 @@ def label(figure, axes: list, x: str, y: str):
     axes[0].set_ylabel(y)
     for ax in axes:
         ax.set_xlabel(x)
-    legend(figure, axes[0])
+    legend(figure, axes)
 
 
-def legend(figure, ax):
-    """One legend for all panels, under them, where it hides nothing."""
-    handles, names = ax.get_legend_handles_labels()
+def legend(figure, axes: list):
+    """One legend for all panels, under them, where it hides nothing: each name once."""
+    handle_of = {}
+    for ax in axes:
+        handles, names = ax.get_legend_handles_labels()
+        for name, handle in zip(names, handles):
+            handle_of.setdefault(name, handle)
+    names = list(handle_of)
     inches = 0.6 + 0.07 * max(len(name) for name in names)
     fitting = int(figure.get_figwidth() / inches)
     columns = max(1, min(len(names), fitting))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns)
+    figure.legend(handle_of.values(), names, loc="outside lower center", ncols=columns)
 
 
 def look(i: int) -> dict:
@@ -532,13 +541,18 @@ def look(i: int) -> dict:
 
 
 def line(ax, i: int, name: str, x, mean, deviation):
-    """Line number i: the means over whole numbers x, with a band of one standard deviation."""
+    """Line number i: the means over whole numbers x, with a band of one standard deviation.
+
+    One point alone has a vertical line in the place of a band.
+    """
     some = max(1, len(mean) // 8)
     ax.plot(x, mean, label=name, markevery=some, **look(i))
-    if np.any(deviation > 0):
-        low, high = mean - deviation, mean + deviation
+    low, high = mean - deviation, mean + deviation
+    if len(mean) == 1:
+        ax.vlines(x, low, high, color=look(i)["color"])
+    elif np.any(deviation > 0):
         ax.fill_between(x, low, high, color=look(i)["color"], alpha=0.15, linewidth=0)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def mark(ax, positions: list[int]):
@@ -817,8 +831,7 @@ def dnpo_noise(kinds: list[Kind]) -> Drawn:
                 row = {"runs": kind.name, "iteration": iteration, "quantity": quantity}
                 numbers.append({**row, "mean": mean[k], "std": deviation[k]})
 
-    fullest = max(axes, key=lambda ax: len(ax.lines))
-    legend(figure, fullest)
+    legend(figure, axes)
     return Drawn("dnpo-noise", figure, numbers)
 
 
@@ -896,7 +909,7 @@ def sams_figures(kinds: list[Kind]):
 
     flipped = tasks_with_flips(tasks)
     if flipped:
-        quantity = "Flipped pairs selected"
+        quantity = f"Flipped pairs selected in {WINDOW} updates"
         yield sams_over_updates("sams-flipped", quantity, flipped, names, flipped_shares)
 
     yield sams_cost(kinds, names)
@@ -909,7 +922,7 @@ def accuracies(run: Run) -> tuple[list[int], list[float]]:
 
 
 def flipped_shares(run: Run) -> tuple[range, list[float]]:
-    """All updates, and the shares of flipped pairs that were selected until then."""
+    """All updates, and the share of flipped pairs selected in the last WINDOW of them, at each."""
     shares = flipped_selected(run)
     return range(1, len(shares) + 1), shares
 
@@ -952,8 +965,7 @@ def sams_over_updates(
         if ax.get_subplotspec().is_first_col():
             ax.set_ylabel(f"{quantity} (%)")
 
-    fullest = max(axes, key=lambda ax: len(ax.lines))
-    legend(figure, fullest)
+    legend(figure, axes)
     return Drawn(file, figure, numbers)
 
 
@@ -978,7 +990,7 @@ def sams_cost(kinds: list[Kind], names: list[str]) -> Drawn:
     bars(right, names, memory, deviations, "{:.2f}")
     left.set_ylabel("Seconds per update")
     right.set_ylabel("Peak memory (GiB)")
-    legend(figure, left)
+    legend(figure, [left])
 
     numbers = []
     for i, name in enumerate(names):
@@ -1006,7 +1018,9 @@ def sweep_figure(files: list[Path]) -> Drawn:
     for file in files:
         try:
             found = json.loads(file.read_text())["sweep"]
-        except (OSError, ValueError, LookupError):
+        except (OSError, ValueError, LookupError, TypeError):
+            found = None
+        if not isinstance(found, dict) or not found or found.keys() - SWEEP_AXES.keys():
             job.die(f"{file}: no sweep of bench.py")
         for axis in found.keys() & sweeps.keys():
             job.die(f"{file}: a second sweep of {axis}")
@@ -1018,13 +1032,19 @@ def sweep_figure(files: list[Path]) -> Drawn:
     above[0].set_ylabel("Seconds")
     below[0].set_ylabel("Peak memory (MiB)")
     numbers = []
+    methods = []  # of all axes, so that a method looks the same in all panels
+    for points in sweeps.values():
+        for row in points.values():
+            methods.extend(row)
+    methods = list(dict.fromkeys(methods))
     for k, (axis, points) in enumerate(sweeps.items()):
         values = [int(value) for value in points]
         rows = list(points.values())  # of each value: {method: its costs}
-        for i, method in enumerate(rows[0]):
+        for method in rows[0]:
+            i = methods.index(method)
             measured = [row[method] for row in rows]
             seconds = [cost["seconds"] for cost in measured]
-            memory = [cost["peak_mib"] for cost in measured]
+            memory = [cost["peak_mib"] or math.nan for cost in measured]  # None: not known
             above[k].plot(values, seconds, label=method, **look(i))
             below[k].plot(values, memory, label=method, **look(i))
             for value, cost in zip(values, measured):
@@ -1037,11 +1057,13 @@ def sweep_figure(files: list[Path]) -> Drawn:
                         "peak_mib": cost["peak_mib"],
                     }
                 )
-        for ax in (above[k], below[k]):
+        known = any(cost["peak_mib"] for row in rows for cost in row.values())
+        below[k].set_visible(known)
+        for ax in [above[k], below[k]] if known else [above[k]]:
             ax.set_xlabel(SWEEP_AXES[axis])
             scale(ax, values)
 
-    legend(figure, axes[0])
+    legend(figure, above)
     return Drawn("bench-sweep", figure, numbers)
 
 
@@ -1091,15 +1113,18 @@ def draw(folders: list[str], out: Path):
     Their numbers are printed as tables and written to figures.json, which keeps those of figures
     that are not drawn now. Among the folders may be files of bench.py's sweeps.
     """
-    specs = list(dict.fromkeys(folders))
-    sweeps = [Path(spec) for spec in specs if spec.endswith(".json")]
-    runs = [read_run(spec) for spec in specs if not spec.endswith(".json")]
+    sweeps = [Path(spec) for spec in dict.fromkeys(folders) if spec.endswith(".json")]
+    runs = {}
+    for spec in folders:
+        if not spec.endswith(".json"):
+            run = read_run(spec)
+            runs[run.folder.resolve(), run.name] = run  # a folder that is named twice counts once
     plt = pyplot()
     out.mkdir(parents=True, exist_ok=True)
 
     file = out / "figures.json"
     written = job.read_json(file, "delete it") if file.exists() else {}
-    for name, figure, numbers in every_figure(sweeps, runs):
+    for name, figure, numbers in every_figure(sweeps, list(runs.values())):
         save(figure, out, name)
         plt.close(figure)
         written[name] = numbers

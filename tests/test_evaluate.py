@@ -1212,7 +1212,6 @@ def test_the_sweep_figure_plots_every_axis_of_all_files(tmp_path, capsys):
     ranks = {"sweep": {"ranks": {"1": {"dpo": cost(7)}, "2": {"dpo": cost(4)}}}}
     (tmp_path / "a.json").write_text(json.dumps(lengths))
     (tmp_path / "b.json").write_text(json.dumps(ranks))
-    (tmp_path / "c.json").write_text(json.dumps({"rows": {}}))
     _, figure, numbers = figures.sweep_figure([tmp_path / "a.json", tmp_path / "b.json"])
 
     plotted = []
@@ -1231,12 +1230,60 @@ def test_the_sweep_figure_plots_every_axis_of_all_files(tmp_path, capsys):
     row = {"axis": "length", "value": 128, "row": "sams", "seconds": 3.0, "peak_mib": 300.0}
     assert numbers[2] == row
 
-    with pytest.raises(SystemExit):
-        figures.sweep_figure([tmp_path / "c.json"])
-    assert "c.json: no sweep of bench.py" in capsys.readouterr().err
+    for other in ({"rows": {}}, [1], {"sweep": []}, {"sweep": {}}, {"sweep": {"height": {}}}):
+        (tmp_path / "c.json").write_text(json.dumps(other))
+        with pytest.raises(SystemExit):
+            figures.sweep_figure([tmp_path / "c.json"])
+        assert "c.json: no sweep of bench.py" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         figures.sweep_figure([tmp_path / "a.json", tmp_path / "a.json"])
     assert "a.json: a second sweep of length" in capsys.readouterr().err
+
+
+def test_a_row_looks_the_same_in_all_sweeps(tmp_path):
+    """The ranks have no floor; where the memory is not known, the seconds are drawn alone."""
+    pytest.importorskip("matplotlib")
+    cost = {"seconds": 1.0, "peak_mib": None}
+    lengths = {"length": {"128": {"floor": cost, "dpo": cost}}}
+    ranks = {"ranks": {"1": {"dpo": cost, "sams": cost}}}
+    for name, sweep in {"a": lengths, "b": ranks}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"sweep": sweep}))
+
+    for order in ("ab", "ba"):
+        _, figure, _ = figures.sweep_figure([tmp_path / f"{name}.json" for name in order])
+        figure.canvas.draw()  # nothing of it fails on what is not known
+        color_of = {}
+        for ax in figure.axes[:2]:
+            for line in ax.get_lines():
+                color_of.setdefault(line.get_label(), set()).add(line.get_color())
+        assert [len(colors) for colors in color_of.values()] == [1, 1, 1]
+        assert len(set.union(*color_of.values())) == 3
+
+        (legend,) = figure.legends
+        named = {text.get_text() for text in legend.get_texts()}
+        assert named == {"floor", "dpo", "sams"}
+
+
+def test_a_kind_of_run_that_one_panel_lacks_is_in_the_legend(tmp_path):
+    """A panel of more lines than another does not have all of them."""
+    pytest.importorskip("matplotlib")
+    first, second = figures.panels(2, 3, 3)[1]
+    for name in ("DPO", "random", "SamS"):
+        first.plot([1], [1], label=name)
+    for name in ("DPO", "oracle"):
+        second.plot([1], [1], label=name)
+    figures.legend(first.figure, [first, second])
+    (legend,) = first.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["DPO", "random", "SamS", "oracle"]
+
+
+def test_a_run_that_is_named_twice_counts_once(tmp_path, capsys):
+    """With and without a slash: one seed. Another name makes it another run."""
+    pytest.importorskip("matplotlib")
+    run = str(sams_run(tmp_path, "s", "topk", [(0, 0), (2, 1)]))
+    figures.draw([run, f"{run}/"], tmp_path / "figures")
+    written = json.loads((tmp_path / "figures" / "figures.json").read_text())
+    assert [row["seeds"] for row in written["sams-accuracy"]] == [1]
 
 
 def test_sams_figures_plot_the_runs_numbers(tmp_path):
