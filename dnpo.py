@@ -18,17 +18,20 @@ and the result is pi_k. Here h_j and z_j are the reference's last hidden state a
 j of y-. SPIN is the same without judge (y+ = y*) and without noise. In the code y+ is `chosen`, y-
 `rejected`; B are pairs of a micro-batch, N response tokens, T length, V vocabulary, D width.
 
-What the noise is: logsumexp is convex, so noise on logits lowers E log softmax(z + sigma eps)[y],
-by about sigma^2/2 (1 - sum p^2) a token. log p_noise(y-) falls, m falls, and sigmoid(-m), a pair's
-weight in the gradient on theta, rises again where the policy was sure of y+ over y-. A factor that
-all gradients have in common changes nothing, though: Adam and clipping don't see it. So the noise
-acts in two ways: its mean fall makes the pairs' weights more even, and its variance makes them less
-so, at random (`weights/spread` is their std / mean). `noise/drop` is the mean fall, in nats an
-answer; if beta times it is below 0.05, a warning says so. The control is `--noise_update offset`:
-sigma is trained as in `joint`, on draws of its own, but the model sees log pi_{k-1}(y-) less the
-mean fall over the step's pairs, one number a step. If its curve and that of `joint` coincide, NPO
-is an adaptive margin. Adam moves sigma by up to noise_lr |h|_1 a step. Sampling is always without
-the noise.
+What the noise does: logsumexp is convex, so noise on the logits lowers a token's log-prob on
+average, by about sigma^2/2 (1 - sum_v p(v)^2) with p = softmax(z). Therefore log p_noise(y-) falls,
+m falls, and sigmoid(-m), the weight of a pair in the gradient on theta, rises again where the
+policy was already sure of y+ over y-. A factor common to all weights has no effect, since Adam and
+clipping divide it out. Two effects are left: the mean fall makes the weights of the pairs more
+alike, and the variance of the fall makes them less alike, at random. In the log `noise/drop` is the
+mean fall, in nats an answer (a warning tells if beta times it is below 0.05), and `weights/spread`
+is the standard deviation of the weights divided by their mean.
+
+The control is `--noise_update offset`. It trains sigma as `joint` does, on draws of its own, but
+shows the model no noise: in the place of log p_noise(y-) stands log pi_{k-1}(y-) less the mean fall
+over the step's pairs, which is one number a step. If its curve and that of `joint` coincide, NPO is
+no more than an adaptive margin. Adam moves an entry of sigma by up to noise_lr |h|_1 a step. The
+model samples without the noise.
 
 Differs from the paper, or is not specified by it (ours unless said):
 
@@ -36,21 +39,23 @@ Differs from the paper, or is not specified by it (ours unless said):
     negatives' tokens and the vocabulary.
  2. Obj. 10 writes its second term with a prime that is not explained. We read it as a stop-gradient
     (else the terms cancel): L = l(m, sigma detached) - l(m, theta detached) + alpha mean(sigma^2).
-    `--noise_update alternating` is the paper's Fig. 3: a noise step, a model step on new noise.
+    `--noise_update alternating` is the paper's Fig. 3: one step of the noise, then one of the
+    model, which sees newly drawn noise.
  3. Sigma's start, alpha and the noise's lr are not published; sigma starts afresh each iteration.
     `--noise_init 0.1` (W = 0, b = 0.1) is off in all but name: it lowers an answer of 55 tokens of
     a 135M model by 0.2 nats. The default of 0.5 (see the sweep in RESULTS.md) lowers it by 3, and
     `linear`, nn.Linear's own start, by 36.
- 4. Iteration k starts from pi_{k-1} with a fresh optimizer and learning-rate curve; the authors'
-    code, from the base model. The paper's iteration 0 is our 1, plain SPIN.
+ 4. Iteration k starts from pi_{k-1}, with a fresh optimizer and learning-rate curve. In the
+    authors' code it starts from the base model. The paper's iteration 0, plain SPIN, is our 1.
  5. The judge's rubric (common.py) is in our words, by the criteria and the scale of one in the
     authors' repository; the paper's own is not published. The paper's judge is GPT-4o-mini
     (`--judge api:gpt-4o-mini`), the default here is an open reward model.
  6. Ties keep y* on top; `--ties drop` leaves them out. Identical answers are always left out.
  7. Every answer's noise has a seed of its own: micro-batches, chunks and ranks change nothing.
- 8. `--mix_previous` (off in the toy preset): DNPO's first iteration trains on SPIN's pairs too.
+ 8. With `--mix_previous` (off in the toy preset) an iteration also trains on the pairs of the one
+    before it, so that the first of DNPO also trains on SPIN's.
  9. The noise has an AdamW of its own, with the policy's clipping and learning-rate curve.
-10. The judge reads all of y*, training its first --max_response tokens.
+10. The judge reads all of y*; the policy is trained on its first --max_response tokens only.
 
     python dnpo.py                                     # laptop: the toy world, minutes
     python dnpo.py --preset paper --limit 2000         # one GPU of 180 GiB, a tenth of the data
@@ -105,11 +110,11 @@ def noisy_token_logps(logits: Tensor, std: Tensor, eps: Tensor, targets: Tensor)
 
 
 def noise_drop(logits: Tensor, std: Tensor, eps: Tensor) -> Tensor:
-    """How far the noise lowers a token's log-prob on average, in nats.
+    """How far the noise lowers a token's log-prob on average, in nats, estimated from one draw.
 
-    KL(pi || p_noise) = logsumexp(z + sigma eps) - logsumexp(z) - sum_v pi(v) sigma_v eps_v, whose
-    mean over eps is that of the fall log pi(y) - log p_noise(y), whichever token y is. Unlike a
-    single fall it is never below 0, and it varies far less.
+    The fall in one draw is log pi(y) - log p_noise(y), which may be below 0. What is returned is
+        KL(pi || p_noise) = logsumexp(z + sigma eps) - logsumexp(z) - sum_v pi(v) sigma_v eps_v,
+    which has the same mean over eps whichever token y is, is never below 0, and varies far less.
     logits z, std sigma, eps: [N, V] -> [N].
     """
     logits = logits.float()
@@ -231,9 +236,10 @@ class NoisyReference(Scorer):
     def forward(self, ids: Tensor, mask: Tensor, seeds: list[int]) -> tuple[Tensor, ...]:
         """Log-probs of B pairs, those of the rejected answers with noise.
 
-        ids, mask: [2B, T], chosen first; one seed per rejected answer. Returns log-probs [2B], and
-        of each rejected answer [B] its log-prob without the noise, and the sums over its tokens of
-        noise_drop and of mean_v(sigma^2).
+        ids, mask: [2B, T], chosen first. seeds: B, one for the noise of each rejected answer.
+        Returns [2B] log pi(y+) of the chosen answers, then log p_noise(y-) of the rejected ones;
+        and of the rejected ones [B] log pi(y-), [B] the sum of noise_drop over the tokens, and
+        [B] the sum of mean_v(sigma^2) over the tokens.
         """
         B = len(ids) // 2
         if self.noise is None:
@@ -487,10 +493,16 @@ def all_iterations(c, out: Path) -> list[Iteration]:
     last = c.warmup_iterations + c.iterations
     iterations = []
     for number in range(1 + last):
-        warmed_up = number > c.warmup_iterations
-        dsl, npo = warmed_up and c.labels == "judge", warmed_up and c.noise
-        save_dtype = c.save_dtype if number == last else "float32"
-        iterations.append(Iteration(number, dsl, npo, out / f"iter{number}", save_dtype))
+        plain = number <= c.warmup_iterations
+        iterations.append(
+            Iteration(
+                number,
+                dsl=c.labels == "judge" and not plain,
+                npo=c.noise and not plain,
+                folder=out / f"iter{number}",
+                save_dtype=c.save_dtype if number == last else "float32",
+            )
+        )
     return iterations
 
 
@@ -504,11 +516,10 @@ def sample_answers(
 
 
 def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> list[dict]:
-    """Annotated rows and the model's answers to them as preference rows, in pairs.jsonl.
+    """Makes a preference row of each annotated row and the model's answer to it, in pairs.jsonl.
 
-    An answer that was cut, by sampling (meta.*_ended) or later by --max_response, gets no token
-    that ends it, neither in the training nor in the logged log-probs: see common.response_ids.
-    --judge_noise flips a seeded share of the judge's labels.
+    --judge_noise flips a seeded share of the judge's labels. Whether an answer was cut is kept in
+    meta.*_ended: a cut answer gets no end-of-sequence token (common.response_ids).
     """
     flipped = set()
     if at.dsl:
@@ -529,7 +540,8 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
             pairs.append(preference_row(c, at, rows[i], annotated, generated, i in flipped))
         return pairs
 
-    # all ranks label; a finished pairs.jsonl is only read: delete it after a change of this code
+    # The ranks share the work. A finished pairs.jsonl is only read: if you change how pairs are
+    # labelled, delete it.
     pairs = job.phase(
         at.folder / "pairs.jsonl",
         list(range(len(rows))),
@@ -612,14 +624,12 @@ def encode(
 
 # ------------------------------------------------------------------------- training
 
-# A smaller fall of the margins changes the weights sigmoid(-m) by 0.0125 at most.
-TOO_SMALL = 0.05
-
 
 def train(c, at: Iteration, pairs: list[Pair], start: Model):
     """Trains pi_k from pi_{k-1} on one iteration's pairs.
 
-    It becomes checkpoint/ in the iteration's folder; metrics go to metrics.jsonl beside the folder.
+    The iteration's folder gets checkpoint/ and, while the training lasts, its state in state.pt.
+    Each step adds a line to metrics.jsonl, which all iterations share.
     """
     # the two models, and their optimizers
     device = start.device
@@ -690,40 +700,43 @@ def descend(
             with autocast(c, device, policy), torch.set_grad_enabled(update != "noise"):
                 logps = common.by_pair(policy(ids, mask))  # [B, 2]
             with autocast(c, device, policy), torch.set_grad_enabled(update != "model"):
-                # [2B], then [B] each
                 noisy_logps, clean_logps, drop, square = reference(ids, mask, seeds)
             noisy_ref_logps = common.by_pair(noisy_logps)  # [B, 2]
             ref_logps = noisy_ref_logps
             if update == "offset":
                 ref_logps = offset_ref_logps(noisy_ref_logps, clean_logps, mean_drop)  # [B, 2]
 
+            # Obj. 10: the first term moves theta, the other two move W and b
             model_loss = model_losses(logps, ref_logps, c.beta)  # [B]
             noise_loss = noise_losses(logps, noisy_ref_logps, c.beta)  # [B]
+            mean_square = square * n / n_tokens  # [B]; its mean over the n pairs is mean(sigma^2)
+            noise_objective = noise_loss + c.noise_penalty * mean_square
             if update == "model":
                 losses = model_loss
             elif update == "noise":
-                losses = noise_loss
-            else:  # joint, and offset's control of it
-                # the values cancel; the gradients do not: one goes to theta, the other to W and b
-                losses = model_loss + noise_loss
+                losses = noise_objective
+            else:  # "joint", and "offset", its control
+                losses = model_loss + noise_objective
             loss = (weight * losses).sum() / n
-            if update != "model":
-                loss = loss + c.noise_penalty * (weight * square).sum() / n_tokens
             (loss * job.world_size()).backward()  # summed over ranks: DDP and FSDP average
 
         chosen, rejected = implicit_rewards(logps, ref_logps, c.beta)
         values = common.preference_metrics(model_loss, chosen, rejected, logps)
-        # sigmoid(-m), a pair's weight in the gradient on theta; its variance is a difference, hence
-        # float64
-        margin = (chosen - rejected).double()
-        values["weights/mean"] = torch.sigmoid(-margin)
-        values["weights/square"] = values["weights/mean"].square()
+        values.update(weight_metrics(chosen - rejected))
         values["noise/drop"] = drop
-        # add_weighted divides by n; this is a mean over tokens, hence n / n_tokens
-        values["noise/square"] = square * n / n_tokens
-        values["noise/loss"] = noise_loss + c.noise_penalty * values["noise/square"]
+        values["noise/square"] = mean_square
+        values["noise/loss"] = noise_objective
         common.add_weighted(sums, values, weight, n)
     return sums
+
+
+def weight_metrics(margin: Tensor) -> dict[str, Tensor]:
+    """sigmoid(-m), a pair's weight in the gradient on theta, and its square. [B] -> [B] each.
+
+    `derived_metrics` makes a variance of their means, which is a small difference: hence float64.
+    """
+    weights = torch.sigmoid(-margin.double())
+    return {"weights/mean": weights, "weights/square": weights.square()}
 
 
 def collated(c, pairs: list[Pair], indices: list[int], seed: tuple, device):
@@ -771,6 +784,10 @@ def drop_note(metrics: dict[str, float]) -> str:
     if "noise/drop" not in metrics:
         return ""
     return f" · drop {metrics['noise/drop']:.2f}"
+
+
+# A smaller fall of the margins changes the weights sigmoid(-m) by 0.0125 at most.
+TOO_SMALL = 0.05
 
 
 def tell_drop(at: Iteration, step: int, metrics: dict[str, float]):
@@ -941,7 +958,9 @@ def show_plan(c, tok, rows: list[dict], test_rows: list[dict], dropped: Counter,
         f"data {c.data}: {len(rows)} training, {len(test_rows)} held-out prompts"
         + job.left_out_note(dropped)
     )
-    steps = len(step_order(len(rows), c)) * (1 + c.mix_previous)
+    steps = len(step_order(len(rows), c))
+    if c.mix_previous:
+        steps *= 2
     steps = min(steps, c.max_steps or steps)
     print(job.batch_note(c, f"at most {steps} steps an iteration", device))
 

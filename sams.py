@@ -22,23 +22,29 @@ The same loop trains DPO (2305.18290, --select all), IPO (--loss ipo) and Select
 
 Differs from the paper, or is not specified by it (ours unless said):
 
- 1. Observing has a pass of its own: 1 + 3/2 units of work at K = n/2, where DPO needs 3. The paper
-    keeps the graph of all n and detaches n - K. The loss is averaged over K; as released, over n.
- 2. The form of L~, the mean of rho, a, b, gamma and explore are the released code's. Its flipped
-    sign of rho, second sigmoid and broadcasting regression target are not copied.
- 3. --fit selected: the K picked get rewards (Algorithm 1, lines 6-13); all: all n, as in App. F.4.
+ 1. We observe in a forward pass of its own. If a forward pass over n pairs is one unit of work, a
+    step at K = n/2 takes 1 + 3/2 units, where DPO takes 3. The paper keeps the graph of all n and
+    detaches n - K. We average the loss over the K pairs, the released code over n.
+ 2. The form of L~, the mean of rho, a, b, gamma and explore are the released code's. Three of its
+    faults are not copied: rho's flipped sign, a second sigmoid, and a regression target that
+    broadcasts.
+ 3. With --fit selected the K pairs picked get rewards (Algorithm 1, lines 6-13), with --fit all
+    all n do (App. F.4).
  4. The selector has the paper's sizes (App. D.1, F.2), that is 5.9e8 weights: 8.8 GiB a rank. ReLU
     is ours. Pool: 40 000 rounds, 32 drawn (App. F.4), for at most four Adam steps (ours).
  5. App. F.3: the encoder learns beforehand, and is then frozen. In the paper this is during the SFT
     or, for on-policy pairs, with a frozen policy: here always so, on the contexts of the pairs, and
     f_S and f_S' start anew (ours). With --pretrain_rounds 0 the encoder learns with the rest.
- 6. Contexts average prompt and response (App. F.2) of both sides (as released), but no padding.
-    Ours: `--context response`, and `both`, which adds the sides' difference (a mean can't see a
-    swap); DPO's L~ also with --loss ipo; min-max is 0.5 where all values are within 1e-4.
- 7. Reference log-probs are computed once, in the shapes of the training: in bf16 a log-prob moves
-    with the shape of its batch. One pair per forward pass is exact; with more the run says by how
-    much the margins are off (RESULTS.md: 0.004 where beta is 0.1).
- 8. Selective DPO is its authors', with full weights for LoRA and the policy's own training recipe.
+ 6. A context is the mean over prompt and response (App. F.2) and over both sides (as released); we
+    leave out the padding, which the released code counts. Ours are `--context response`, and
+    `both`, which adds the difference of the sides: from a mean one can't see that they are swapped.
+ 7. Ours: L~ is that of DPO's losses also with --loss ipo, and min-max is 0.5 everywhere where all
+    values are within 1e-4.
+ 8. Reference log-probs are computed once, in batches of the training's shapes, since in bf16 a
+    log-prob depends on the shape of its batch. With one pair per forward pass the shapes are the
+    same; with more, the run says by how much the margins are off (RESULTS.md: 0.004 at beta 0.1).
+ 9. Selective DPO's authors train LoRA adapters by a recipe of their own; here the models that tell
+    the difficulties are trained with all their weights, by the policy's recipe.
 
 As released: --select sample --fit all --margin_weight 0.5 --uncertainty_weight 0.5
 --selector_pooling 16 (and, in its published run, --explore 0.01)
@@ -120,16 +126,17 @@ def ipo_losses(margin: Tensor, beta: float) -> Tensor:
     return (margin / beta - 1 / (2 * beta)).square()
 
 
-def sft_losses(logps: Tensor, tokens: Tensor) -> Tensor:
+def sft_losses(chosen_logps: Tensor, lengths: Tensor) -> Tensor:
     """-log pi(y_w|x) / |y_w|, which pretraining has in the place of DPO's loss. [n], [n] -> [n]."""
-    return -logps / tokens
+    return -chosen_logps / lengths
 
 
 def bounded_loss(losses: Tensor) -> Tensor:
     """L~ = mean_i -exp(-l_i), which lies in [-1, 0]; for DPO it is mean_i -sigmoid(m_i). [n] -> [].
 
-    Eq. 6 compares exponentiated mean losses. For one pair the relative gain of L~ is that number;
-    for a batch it is nearly so: an arithmetic mean in the place of a geometric one (released code).
+    Eq. 6 has exp(mean_i l_i) in the place of L~. For a batch of one pair both give the same rho.
+    For more pairs they differ a little: L~, which is the released code's, takes the arithmetic mean
+    of the exp(-l_i), Eq. 6 the geometric one.
     """
     return -(-losses).exp().mean()
 
@@ -319,7 +326,10 @@ class Encoder(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """h_1 = relu(W_1 x), h_l = h_{l-1} + relu(W_l h_{l-1}) up to l = depth, and a number w h."""
+    """h_1 = relu(W_1 x), h_l = h_{l-1} + relu(W_l h_{l-1}), and the output w h_depth, one number.
+
+    (Every W and w has a bias.)
+    """
 
     def __init__(self, inputs: int, width: int, depth: int):
         super().__init__()
@@ -338,10 +348,11 @@ class ResidualMLP(nn.Module):
 
 
 class Selector(nn.Module):
-    """f_S, exploitation: contexts -> reward. f_S', exploration: f_S's activations -> its residual.
+    """The encoder with the two networks of the bandit on top of it.
 
-    c.selector_depth, c.selector_width: layers of each MLP, and their width. c.selector_pooling:
-    f_S' reads the mean of so many neighbouring activations.
+    Exploitation, f_S, predicts a pair's reward from its encoded context. Exploration, f_S',
+    predicts the reward less f_S from the hidden activations of f_S, averaged over every
+    c.selector_pooling neighbours. Both are MLPs of c.selector_depth layers, c.selector_width wide.
     """
 
     def __init__(self, width: int, c):
@@ -360,7 +371,7 @@ class Selector(nn.Module):
         return f1, f2
 
     def forward(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of contexts [n, L, width]."""
+        """f_S [n] and f_S' [n] of contexts [n, L, width]."""
         return self.values(self.encoder(contexts))
 
 
@@ -433,12 +444,10 @@ class Bandit:
         self.c = c
         self.device = device
         self.frozen = False
-        # the last round, whose effect is not yet seen: its L~, and of its rewarded pairs the
-        # features, kappa and predictions
-        self.pending = None
+        self.pending = None  # the last round, which round() leaves here until its reward is known
         self.pool = Pool(c.pool)
         self.rho_sum = 0.0
-        self.n_rounds = 0  # that have got their rewards
+        self.n_rounds = 0  # how many rounds have got their rewards
 
     def freeze_encoder(self, weights: dict[str, Tensor]):
         """From now on the encoder is the pretrained one, and does not change."""
@@ -452,7 +461,7 @@ class Bandit:
         return self.selector.encoder(contexts) if self.frozen else contexts
 
     def values(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """f_S [n] and f_S' [n] of what features() returned."""
+        """f_S [n] and f_S' [n] of pairs, given their features()."""
         return self.selector.values(features) if self.frozen else self.selector(features)
 
     def round(
@@ -470,24 +479,28 @@ class Bandit:
         contexts: [n, L, width]; losses, margin, chosen_logps: [n]. Returns the k places, and what
         to log.
         """
+        # reward, fit: the last round, whose effect this batch's loss shows
         now = bounded_loss(losses).item()
         learned = self.learn(now) if self.pending else {}
+
+        # select: the highest f_S + explore f_S'
         features = self.features(contexts)
         with torch.no_grad():
             f1, f2 = self.values(features)
-            scores = f1 + self.c.explore * f2  # f_S + lambda f_S'
+            scores = f1 + self.c.explore * f2
         if dist.is_initialized():
             dist.broadcast(scores, 0)  # rank 0 decides: other hardware may round differently
         places = top_k(scores, k, seed)
 
+        # what the next call needs in order to reward this round
         kappa_weights = self.c.margin_weight, self.c.uncertainty_weight
         kappa = sample_reward(margin, chosen_logps, *kappa_weights)
         rewarded = places if self.c.fit == "selected" else list(range(len(scores)))
         self.pending = {
+            "bounded_loss": now,  # L~ of the whole batch; the others [P, ...] of the rewarded pairs
             "features": features[rewarded],
             "kappa": kappa[rewarded],
             "predicted": f1[rewarded],
-            "bounded_loss": now,
         }
         return places, learned
 
@@ -770,30 +783,30 @@ def main():
         data = data.take(easiest(c, data, held, start, out))
 
     # train the selector's encoder, then freeze it
-    encoder = None
+    encoder_weights = None
     if c.pretrain_rounds and c.select in LEARNED:
-        encoder = pretrain(c, data, start, out / "pretrain")
+        encoder_weights = pretrain(c, data, start, out / "pretrain")
 
     # train on the selected pairs of every batch
     if not (out / "checkpoint").exists():
-        train(c, data, held, start, out, encoder)
+        train(c, data, held, start, out, encoder_weights)
+    remove_states(out)
     report(c, out, started)
     job.leave()
 
 
-# what picks with the learned selector, and what need not even look at the batch
-LEARNED = ("topk", "sample")
-BLIND = ("all", "random", "oracle")
+LEARNED = ("topk", "sample")  # the values of --select that use the learned selector
+BLIND = ("all", "random", "oracle")  # those that need no forward pass over the batch
 
 
 def pretrain(c, data: Data, start: Model, folder: Path) -> dict[str, Tensor]:
     """App. F.3: the weights of a trained encoder, from folder/encoder.pt, which is made if missing.
 
-    The policy is frozen. Rounds, rewards and fits are those of the training, with the SFT loss on
-    the chosen answers in the place of DPO's, and minus this loss in the place of the margin. The
-    loss is a mean over tokens and the uncertainty's log-prob a sum (ours: with two means kappa
-    would be constant), so that kappa says much of how long y_w is. As nothing is trained in
-    between, rho only says how the next batch differs.
+    The bandit makes its rounds as in the training, but on a frozen policy, with the SFT loss on the
+    chosen answers in the place of DPO's, and with minus the SFT loss in the place of the margin.
+    Two things follow. The SFT loss is a mean over tokens and the log-prob in kappa a sum (ours: if
+    both were means, kappa would be constant), so kappa depends much on the length of y_w. And as
+    nothing is trained between two rounds, rho only tells how their batches differ.
     """
     file = folder / "encoder.pt"
     device = start.device
@@ -801,8 +814,11 @@ def pretrain(c, data: Data, start: Model, folder: Path) -> dict[str, Tensor]:
         policy = shard(frozen_pooling_scorer, start.path, c, device)
         bandit = make_bandit(c, policy, device)
         batches = math.ceil(len(data.pairs) / c.batch)
-        passes = replace(c, epochs=math.ceil(c.pretrain_rounds / batches), max_steps=None)
-        steps = step_order(len(data.pairs), passes, c.seed, "pretrain")[: c.pretrain_rounds]
+        epochs = math.ceil(c.pretrain_rounds / batches)  # as many as the rounds need
+        steps = step_order(
+            len(data.pairs), replace(c, epochs=epochs, max_steps=None), c.seed, "pretrain"
+        )
+        steps = steps[: c.pretrain_rounds]
 
         log = folder / "metrics.jsonl"
         keeps = {"bandit": bandit}
@@ -828,11 +844,10 @@ def pretraining_round(
     The picks train nothing: they only say whose rewards are fitted.
     """
     n = len(indices)
-    pairs = [data.pairs[i] for i in indices]
     seen = observe(c, policy, data.pairs, indices, bandit.device, c.context)
     chosen_logps = seen.logps[:, 0]
-    tokens = torch.tensor([len(pair.chosen) for pair in pairs], device=bandit.device)
-    losses = sft_losses(chosen_logps, tokens)
+    lengths = torch.tensor([len(data.pairs[i].chosen) for i in indices], device=bandit.device)
+    losses = sft_losses(chosen_logps, lengths)
 
     seed = job.seed_of(c.seed, "pretrain", step) if c.select == "sample" else None
     _, learned = bandit.round(
@@ -852,19 +867,22 @@ def pretraining_round(
     return sums, learned
 
 
-def train(c, data: Data, held: Data, start: Model, folder: Path, encoder: dict | None = None):
-    """Trains the policy from `start` on the pairs that --select picks, into folder/checkpoint.
+def train(
+    c, data: Data, held: Data, start: Model, folder: Path, encoder_weights: dict | None = None
+):
+    """Trains the policy from `start` on the pairs that --select picks.
 
-    encoder: the weights of a pretrained encoder, which is then frozen. Training states go to
-    folder/state.pt, lines to folder/metrics.jsonl.
+    encoder_weights: of a pretrained encoder, which is then frozen. The folder gets checkpoint/, one
+    line of metrics.jsonl for each step, and while the training lasts its state in state.pt.
     """
     device = start.device
     policy = shard(PoolingScorer, start.path, c, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=0.0)
-    bandit = make_bandit(c, policy, device, encoder) if c.select in LEARNED else None
+    bandit = make_bandit(c, policy, device, encoder_weights) if c.select in LEARNED else None
     steps = all_steps(c, data.pairs)
-    parts = {"policy": (policy, optimizer)}  # what a training state holds,
-    keeps = {"bandit": bandit} if bandit else {}  # and what else
+    # what a training state holds: parts are modules with their optimizers, keeps is the rest
+    parts = {"policy": (policy, optimizer)}
+    keeps = {"bandit": bandit} if bandit else {}
     file = folder / "metrics.jsonl"
     run = job.TrainingRun(
         c, folder, steps, parts, device, metrics=file, note=folder.name, keeps=keeps
@@ -874,21 +892,21 @@ def train(c, data: Data, held: Data, start: Model, folder: Path, encoder: dict |
 
     for step in run:  # goes on after a kill; ends on SIGTERM, and in write() on NaN
         batch = steps[step]
-        started = time.monotonic()
+        times = [time.monotonic()]
 
-        # observe
+        # observe: all n pairs, without gradient
         seen = None
         if c.select not in BLIND:
             kind = c.context if bandit else None
             seen = observe(c, policy, data.pairs, batch, device, kind)
-        observed = time.monotonic()
+        times.append(time.monotonic())
 
-        # reward the last round and fit to it (Bandit.learn: Eqs. 6-8, batch_reward); then select
+        # reward the last round, fit to it, and select K (Bandit.round)
         places, learned = pick(c, data.take(batch), seen, bandit, step)
         selected = [batch[place] for place in places]
-        picked = time.monotonic()
+        times.append(time.monotonic())
 
-        # train on these alone
+        # train on these K alone
         sums = descend(c, policy, data, selected, device)
         lr = c.lr * lr_factor(step, len(steps), c.warmup)
         norm = take_step(optimizer, lr, c.clip)
@@ -896,7 +914,7 @@ def train(c, data: Data, held: Data, start: Model, folder: Path, encoder: dict |
         metrics = run.reduce(step, sums, [data.pairs[i].id for i in selected])
         metrics.update(learned)
         metrics.update(selection_metrics(c, data, batch, places, seen))
-        metrics.update(selection_costs(observed - started, picked - observed, bandit))
+        metrics.update(selection_costs(times, bandit))
         if (step + 1) % c.eval_every == 0 or step + 1 == len(steps):
             metrics.update(measure(c, policy, held, device, folder))
         run.write(step, metrics, lr=lr, grad_norm=norm)
@@ -987,12 +1005,12 @@ def gather(share: Tensor, n: int) -> Tensor:
     return torch.stack(shares, 1).flatten(0, 1)[:n]
 
 
-def make_bandit(c, policy: nn.Module, device, encoder: dict | None = None) -> Bandit:
-    """A new bandit for contexts of this policy, perhaps with the weights of a frozen encoder."""
+def make_bandit(c, policy: nn.Module, device, encoder_weights: dict | None = None) -> Bandit:
+    """A new bandit for contexts of this policy; with encoder_weights its encoder is frozen."""
     lm = getattr(policy, "module", policy).lm  # DDP holds the scorer as .module
     bandit = Bandit(context_width(c, lm.config), c, device)
-    if encoder:
-        bandit.freeze_encoder(encoder)
+    if encoder_weights:
+        bandit.freeze_encoder(encoder_weights)
     return bandit
 
 
@@ -1015,9 +1033,11 @@ def pick(
 ) -> tuple[list[int], dict]:
     """Picks K of the n pairs of a batch, as --select says.
 
-    Returns their places in the batch, and what the bandit has to log. A new way to select is a
-    word in Config.select and a branch here: before the margins if it needs no forward pass (then it
-    is also a word in BLIND), before `topk` if it needs no selector, else a word in LEARNED.
+    Returns their places in the batch, and what the bandit has to log. To add a way to select, add a
+    word to Config.select, and
+      if it needs no forward pass: the word to BLIND, and a branch above the margins;
+      if it needs the margins alone: a branch below that of "margin";
+      if it uses the learned selector: the word to LEARNED; it ends in bandit.round.
     """
     n = len(batch.pairs)
     k = how_many(c.ratio, n)
@@ -1114,11 +1134,15 @@ def mean_of(x: Tensor) -> float:
     return x.mean().item() if len(x) else 0.0
 
 
-def selection_costs(observing: float, picking: float, bandit: Bandit | None) -> dict:
-    """What the selection cost, in seconds, and in bytes for the bandit."""
+def selection_costs(times: list[float], bandit: Bandit | None) -> dict:
+    """What the selection cost: seconds, and the bandit's bytes.
+
+    times: when a step began, when its batch was observed, and when the pairs were picked.
+    """
+    began, observed, picked = times
     return {
-        "score_seconds": observing,
-        "selector/seconds": picking,
+        "score_seconds": observed - began,
+        "selector/seconds": picked - observed,
         "selector/bytes": bandit.nbytes() if bandit else 0,
     }
 
@@ -1171,37 +1195,44 @@ def logps_in_file(c, file: Path, model: Model, pairs: list[Pair], note: str) -> 
     It is made on first use, in the shapes of the training, and goes on after a kill. It is not a
     job.phase, since under FSDP all ranks work on every batch together.
     """
-    device = model.device
-    # runs don't share work
-    part = file.with_name(f"{file.name}.{job.seed_of(str(Path(c.out).resolve())):016x}.part")
     # another run may make the file between two ranks' looks at it
     if job.on_any_rank(not file.exists()):
-        size = max(c.batch, c.micro_batch * job.world_size())
-        batches = [(start, start + size) for start in range(0, len(pairs), size)]
-        done = {tuple(entry["batch"]): entry["logps"] for entry in job.whole_lines(part)}
-        job.barrier()  # nobody writes before all have read
-        job.append(part, "\n")  # ends a line that a kill may have torn
-
-        policy = shard(frozen_pooling_scorer, model.path, c, device)
-        for batch in job.progress([batch for batch in batches if batch not in done], note):
-            indices = list(range(len(pairs))[slice(*batch)])
-            logps, _ = observe(c, policy, pairs, indices, device)
-            if not logps.isfinite().all():
-                job.die(f"{model.path}: its log-probs are not finite: a broken model, or data")
-            done[batch] = logps.tolist()
-            if job.on_rank_0():
-                job.append(part, job.json_lines([{"batch": batch, "logps": done[batch]}]))
-            job.stop_if_asked()
-        if job.on_rank_0():
-            rows = [row for batch in batches for row in done[batch]]
-            job.write_atomic(file, job.json_lines(rows))
-            part.unlink()
-        job.barrier()
-
+        make_logps(c, file, model, pairs, note)
     rows = job.read_jsonl(file, list)
     if len(rows) != len(pairs) or any(len(row) != 2 for row in rows):
         job.damaged(file, f"{len(rows)} rows, not {len(pairs)} pairs of numbers")
-    return torch.tensor(rows, device=device)
+    return torch.tensor(rows, device=model.device)
+
+
+def make_logps(c, file: Path, model: Model, pairs: list[Pair], note: str):
+    """Writes the file of logps_in_file, batch by batch into a .part of this run, then in one go."""
+    run_id = job.seed_of(str(Path(c.out).resolve()))  # two runs don't write to one .part
+    part = file.with_name(f"{file.name}.{run_id:016x}.part")
+    size = max(c.batch, c.micro_batch * job.world_size())
+    batches = [(start, start + size) for start in range(0, len(pairs), size)]
+    done = {tuple(entry["batch"]): entry["logps"] for entry in job.whole_lines(part)}
+    job.barrier()  # nobody writes before all have read
+    job.append(part, "\n")  # ends a line that a kill may have torn
+
+    policy = shard(frozen_pooling_scorer, model.path, c, model.device)
+    for batch in job.progress([batch for batch in batches if batch not in done], note):
+        start, end = batch
+        indices = list(range(start, min(end, len(pairs))))
+        logps, _ = observe(c, policy, pairs, indices, model.device)
+        if not logps.isfinite().all():
+            job.die(f"{model.path}: its log-probs are not finite: a broken model, or data")
+        done[batch] = logps.tolist()
+        if job.on_rank_0():
+            job.append(part, job.json_lines([{"batch": batch, "logps": done[batch]}]))
+        job.stop_if_asked()
+
+    if job.on_rank_0():
+        rows = []
+        for batch in batches:
+            rows += done[batch]
+        job.write_atomic(file, job.json_lines(rows))
+        part.unlink()
+    job.barrier()
 
 
 def frozen_pooling_scorer(lm) -> PoolingScorer:
@@ -1375,8 +1406,6 @@ def report(c, out: Path, started: float):
     """results.json from the metrics' lines, a table, and where the model is."""
     if not job.on_rank_0():
         return
-    for old in out.glob("**/state.pt"):
-        old.unlink()
     steps = job.read_jsonl(out / "metrics.jsonl")
     result = {**evaluation(steps[-1]), **totals(c, steps), "seed": c.seed}
     job.write_results(out, result, started)
@@ -1397,6 +1426,13 @@ def report(c, out: Path, started: float):
             f"({of_all} were)"
         )
     job.show_end(out, "results.json, metrics.jsonl", str(out / "checkpoint"), started)
+
+
+def remove_states(out: Path):
+    """Removes state.pt of all trainings, which are done: the run, the pretraining, the halves."""
+    if job.on_rank_0():
+        for state in out.glob("**/state.pt"):
+            state.unlink()
 
 
 def evaluation(m: dict) -> dict:

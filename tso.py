@@ -36,12 +36,13 @@ Differs from the paper, or is not specified by it (ours unless said):
  3. The pairs of a prompt are spread evenly over the crossings of the matrix (positive cell x
     negative cell; `cell` in the files), and identical texts are left out. `--negatives current`
     pairs the policy with itself, which only makes sense with correction.
- 4. The policies at the end of earlier rounds are older versions too, but for the current one: in
-    effect from the second slice of round 2 on, or, with one slice, from round 3 on.
+ 4. The policy at the end of each round becomes an older version too, as soon as it is no longer the
+    current one: after the first slice of the next round. So the first comes into use in the second
+    slice of round 2 or, if there is one slice only, in round 3.
  5. The judge's prompts stand in common.py. A verdict that changes with the order is a tie; ties and
     unreadable verdicts drop the pair. A person's verdict (`--verdicts`) outranks the judge's.
  6. Every slice has a fresh optimizer and learning-rate curve.
- 7. The judge reads all of a human answer, training its first --max_response tokens.
+ 7. The judge reads all of a human answer; the policy is trained on its first --max_response tokens.
  8. Diversity is measured by distinct-2 and by the mean Jaccard similarity of token bigrams between
     the candidates of a prompt.
 
@@ -122,12 +123,12 @@ def clipped(
     return (chosen_reward > clip_chosen).float(), (rejected_reward < -clip_rejected).float()
 
 
-def correction(verdict: str | None) -> str:
-    """What a judge's verdict (A: the positive, B: the negative) does to a pair.
+def correction(better: str | None) -> str:
+    """The verdict on a pair: "keep", "swap" or "drop", by which answer the judge finds better.
 
-    Returns "keep", "swap" or "drop".
+    better: "A" is the positive, "B" the negative; it may also be "tie", or None if unreadable.
     """
-    return {"A": "keep", "B": "swap"}.get(verdict, "drop")
+    return {"A": "keep", "B": "swap"}.get(better, "drop")
 
 
 def distinct2(answers: list[list[int]]) -> float:
@@ -323,13 +324,13 @@ class Slice(NamedTuple):
 def main():
     c = job.parse(Config, {"toy": TOY, "paper": {}})
     device = setup(c)
-    policy, parts, test_rows, people, judge = prepare(c, device)
+    policy, parts, test_rows, human_verdicts, judge = prepare(c, device)
     if c.dry_run:
         return
     out = job.open_run(c, [c.data, c.test, c.verdicts], MAY_CHANGE)
     started = time.monotonic()
     sampling = Sampling(c.temperature, c.max_response, c.sample_batch)
-    start = Slice(0, 0, 0, [], out / "start")
+    start = Slice(number=0, round=0, part=0, rows=[], folder=out / "start")
     results = [{"round": 0, "slice": 0, **measure(c, start, policy, test_rows, sampling, judge)}]
     round_ends = []  # the models of the rounds so far
     for at in all_slices(c, parts, out):
@@ -340,10 +341,10 @@ def main():
 
         # validity: a judge, or a person, corrects every pair
         judged = judge_pairs(c, at, made, judge)
-        if awaits_person(c, at, made, people):
+        if awaits_person(c, at, made, human_verdicts):
             export(c.export_pairs, at, made, judged)
             return job.leave()
-        pairs = correct_pairs(c, at, made, judged, people)
+        pairs = correct_pairs(c, at, made, judged, human_verdicts)
         encoded, left_out = encode_kept(c, at, policy.tok, pairs)
 
         # adaptivity: the policy is its own reference; what comes out samples the next slice
@@ -370,6 +371,11 @@ def all_slices(c, parts: list[list[dict]], out: Path) -> list[Slice]:
             folder = out / f"round{round_}-slice{part}"
             slices.append(Slice(len(slices) + 1, round_, part, rows, folder))
     return slices
+
+
+def is_last(c, at: Slice) -> bool:
+    """Whether a slice is the last of the last round."""
+    return at.number == c.rounds * c.slices
 
 
 # ------------------------------------------------------------------------- diversity
@@ -445,40 +451,29 @@ def without_empty_cells(cells: dict[str, list[list[Answer]]]) -> dict[str, list[
 
 
 def make_pairs(c, at: Slice, candidates: Candidates) -> tuple[list[dict], int]:
-    """Pairs of different texts, up to pairs_per_prompt a row, evenly over the crossings.
+    """Preference rows of all prompts of a slice, and how many prompts gave none.
 
-    A crossing is a positive cell with a negative cell. The crossings take turns, through all rows;
-    one that has no pair left gives its turn to the next. Returns pairs with the ids
-    SLICE/ROW/NUMBER and with their crossing in meta.cell, and how many prompts gave none.
+    The rows have the ids SLICE/PROMPT/NUMBER, and in meta.cell the crossing that they come from.
     """
-    crossings = list(itertools.product(candidates.positives, candidates.negatives))
     pairs, without = [], 0
     for i, row in enumerate(at.rows):
-        rng = random.Random(job.seed_of(c.seed, "pairs", at.name, row["id"]))
-        used = set()
-        first = i * c.pairs_per_prompt
-        barren = 0  # crossings in a row that had nothing left
-        for turn in range(first, first + c.pairs_per_prompt * len(crossings)):
-            if len(used) == c.pairs_per_prompt or barren == len(crossings):
-                break
-            positive, negative = crossings[turn % len(crossings)]
-            positives, negatives = candidates.positives[positive], candidates.negatives[negative]
-            free = unused_pairs(positives[i], negatives[i], used)
-            barren = 0 if free else barren + 1
-            if not free:
-                continue
-            chosen, rejected = rng.choice(free)
-            pair_id = f"{at.name}/{row['id']}/{len(used)}"
-            used.add(frozenset((chosen.text, rejected.text)))
-            meta = {
-                "cell": f"{positive} > {negative}",
-                "chosen_ended": chosen.ended,
-                "rejected_ended": rejected.ended,
-                **common.sampled_ids(chosen, rejected),
-            }
-            texts = {"chosen": chosen.text, "rejected": rejected.text}
-            pairs.append({"id": pair_id, "prompt": row["prompt"], **texts, "meta": meta})
-        if not used:
+        drawn = draw_pairs(c, at, candidates, i)
+        for number, (cell, chosen, rejected) in enumerate(drawn):
+            pairs.append(
+                {
+                    "id": f"{at.name}/{row['id']}/{number}",
+                    "prompt": row["prompt"],
+                    "chosen": chosen.text,
+                    "rejected": rejected.text,
+                    "meta": {
+                        "cell": cell,
+                        "chosen_ended": chosen.ended,
+                        "rejected_ended": rejected.ended,
+                        **common.sampled_ids(chosen, rejected),
+                    },
+                }
+            )
+        if not drawn:
             without += 1
     if not pairs:
         job.die(
@@ -486,6 +481,34 @@ def make_pairs(c, at: Slice, candidates: Candidates) -> tuple[list[dict], int]:
             f"{', '.join(c.negatives)} gave no two different texts for any prompt"
         )
     return pairs, without
+
+
+def draw_pairs(c, at: Slice, candidates: Candidates, i: int) -> list[tuple[str, Answer, Answer]]:
+    """Up to pairs_per_prompt pairs of answers to row i: (crossing, chosen, rejected).
+
+    A crossing is a positive cell with a negative cell. The crossings take turns, and the next row
+    goes on where this one should stop, so that each gives about as many pairs as any other. One
+    that has no pair left gives its turn to the next.
+    """
+    crossings = list(itertools.product(candidates.positives, candidates.negatives))
+    rng = random.Random(job.seed_of(c.seed, "pairs", at.name, at.rows[i]["id"]))
+    drawn = []
+    used = set()  # the texts of the pairs that are drawn
+    turn = i * c.pairs_per_prompt
+    misses = 0  # turns since the last pair; after one of every crossing there is no pair left
+    while len(drawn) < c.pairs_per_prompt and misses < len(crossings):
+        positive, negative = crossings[turn % len(crossings)]
+        turn += 1
+        positives, negatives = candidates.positives[positive][i], candidates.negatives[negative][i]
+        free = unused_pairs(positives, negatives, used)
+        if not free:
+            misses += 1
+            continue
+        misses = 0
+        chosen, rejected = rng.choice(free)
+        used.add(frozenset((chosen.text, rejected.text)))
+        drawn.append((f"{positive} > {negative}", chosen, rejected))
+    return drawn
 
 
 def unused_pairs(
@@ -558,20 +581,21 @@ def diversity_of(
 
 
 def judge_pairs(c, at: Slice, pairs: list[dict], judge) -> list[dict]:
-    """The judge's correction of every pair, in the slice's judged.jsonl.
+    """The judge's verdict on every pair, in the slice's judged.jsonl.
 
-    A row is {"id", "verdict", "unreadable"}. Everything is kept without a judge or correction.
+    A row is {"id", "verdict": keep, swap or drop, "unreadable"}. Without a judge, or with
+    --no-correct, every pair is kept.
     """
 
     def work(items, number):
-        verdicts = ["A"] * len(items)  # without a judge the positive stays the better one
+        some = [pairs[i] for i in items]
+        answers = ["A"] * len(some)  # A: the positive is the better one
         if judge_corrects(c):
-            asked = [pairs[i] for i in items]
-            verdicts = judge.compare([(p["prompt"], p["chosen"], p["rejected"]) for p in asked])
+            answers = judge.compare([(p["prompt"], p["chosen"], p["rejected"]) for p in some])
         rows = []
-        for i, verdict in zip(items, verdicts):
-            row = {"id": pairs[i]["id"], "verdict": correction(verdict)}
-            rows.append({**row, "unreadable": verdict is None})
+        for pair, better in zip(some, answers):
+            verdict = correction(better)
+            rows.append({"id": pair["id"], "verdict": verdict, "unreadable": better is None})
         return rows
 
     texts = [(pair["id"], pair["chosen"], pair["rejected"]) for pair in pairs]
@@ -594,28 +618,33 @@ def judge_corrects(c) -> bool:
     return c.correct and c.judge != "none"
 
 
-def awaits_person(c, at: Slice, pairs: list[dict], people: dict[str, str]) -> bool:
+def awaits_person(c, at: Slice, pairs: list[dict], human_verdicts: dict[str, str]) -> bool:
     """Whether a slice's pairs are to be exported for a person, who has not judged any of them."""
-    judged = any(pair["id"] in people for pair in pairs)
+    judged = any(pair["id"] in human_verdicts for pair in pairs)
     return c.export_pairs is not None and not at.trained and not judged
 
 
 def correct_pairs(
-    c, at: Slice, made: list[dict], judged: list[dict], people: dict[str, str]
+    c, at: Slice, made: list[dict], judged: list[dict], human_verdicts: dict[str, str]
 ) -> list[dict]:
-    """The pairs with their final verdicts, in the slice's pairs.jsonl.
-
-    The file is written before the training and never after it, and is read back: of a trained slice
-    it holds what it was trained on.
-    """
-    silent = [pair["id"] for pair in made if pair["id"] not in people]
+    """The pairs with their final verdicts: a person's where there is one, else the judge's."""
+    silent = [pair["id"] for pair in made if pair["id"] not in human_verdicts]
     if c.judge == "none" and c.correct and not at.trained and silent:
         job.die(
             f"slice {at.name}: {len(silent)} pairs have no verdict, {silent[0]} the first: "
             "add them to --verdicts, or name a --judge"
         )
-    others = "judge" if judge_corrects(c) else None
-    text = job.json_lines(apply_verdicts(made, judged, people, at.name, others))
+    judged_by = "judge" if judge_corrects(c) else None
+    return keep_on_disk(at, apply_verdicts(made, judged, human_verdicts, at.name, judged_by))
+
+
+def keep_on_disk(at: Slice, pairs: list[dict]) -> list[dict]:
+    """Writes a slice's pairs.jsonl, and returns what the slice is, or was, trained on.
+
+    Once a training has begun its pairs are fixed: the file is only read, and while the training is
+    unfinished other pairs end the program.
+    """
+    text = job.json_lines(pairs)
     file = at.folder / "pairs.jsonl"
 
     # what a slice was trained on can't be made again: the verdicts may have changed since
@@ -641,28 +670,31 @@ def correct_pairs(
 def apply_verdicts(
     pairs: list[dict],
     judged: list[dict],
-    people: dict[str, str],
-    where: str,
-    others: str | None,
+    human_verdicts: dict[str, str],
+    slice_name: str,
+    judged_by: str | None,
 ) -> list[dict]:
     """Pairs with meta.verdict; where that is swap, their sides are exchanged.
 
-    A person's verdict outranks the judge's, and meta.by says whose it is. where: the slice's name,
-    with which the ids begin. others: who has judged what no person has, "judge" or None.
+    A person's verdict outranks the judge's, and meta.by says whose it is. human_verdicts: by the
+    pair's id. slice_name: with which the ids begin. judged_by: whose verdict it is where no person
+    gave one, "judge" or None.
     """
     ids = {pair["id"] for pair in pairs}
-    unknown = [name for name in people if name.split("/")[0] == where and name not in ids]
+    unknown = [
+        name for name in human_verdicts if name.split("/")[0] == slice_name and name not in ids
+    ]
     if unknown:
         more = f" (nor {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         job.die(f"--verdicts: no pair has the id {unknown[0]!r}{more}")
 
     corrected = []
     for pair, by_judge in zip(pairs, judged):
-        by_person = pair["id"] in people
+        by_person = pair["id"] in human_verdicts
         meta = {
             **pair["meta"],
-            "verdict": people[pair["id"]] if by_person else by_judge["verdict"],
-            "by": "person" if by_person else others,
+            "verdict": human_verdicts[pair["id"]] if by_person else by_judge["verdict"],
+            "by": "person" if by_person else judged_by,
             "unreadable": by_judge["unreadable"] and not by_person,
         }
         pair = {**pair, "meta": meta}
@@ -752,8 +784,8 @@ def encode_kept(c, at: Slice, tok, pairs: list[dict]) -> tuple[list[Pair], Count
 def train(c, at: Slice, pairs: list[Pair], start: Model):
     """Trains the policy from `start`, which is also the reference, on one slice's pairs.
 
-    The result goes to the slice's folder as checkpoint/, training states as state.pt, lines of
-    metrics to metrics.jsonl beside the folder.
+    The slice's folder gets checkpoint/ and, while the training lasts, its state in state.pt. Each
+    step adds a line to metrics.jsonl, which all slices share.
     """
     # the two models, and the optimizer
     device = start.device
@@ -766,7 +798,7 @@ def train(c, at: Slice, pairs: list[Pair], start: Model):
     sizes = [pair.tokens for pair in pairs] if c.sort_by_length else None
     steps = step_order(len(pairs), c, c.seed, "order", at.name, sizes=sizes)
     file = at.folder.parent / "metrics.jsonl"
-    tags = {"iteration": at.number, "slice": at.name}
+    tags = {"iteration": at.number, "slice": at.name}  # "iteration" tells the trainings apart
     place = f"slice {at.name}"
     run = job.TrainingRun(
         c, at.folder, steps, parts, device, metrics=file, note=place, tags=tags, place=place
@@ -779,7 +811,7 @@ def train(c, at: Slice, pairs: list[Pair], start: Model):
 
         metrics = run.reduce(step, sums, [pairs[i].id for i in steps[step]])
         run.write(step, metrics, lr=lr, grad_norm=norm, more=clip_note(metrics))
-    dtype = c.save_dtype if at.number == c.rounds * c.slices else "float32"
+    dtype = c.save_dtype if is_last(c, at) else "float32"
     job.save_checkpoint(at.folder / "checkpoint", policy, start.tok, start.path, dtype)
 
 
@@ -854,13 +886,13 @@ def prepare(c, device):
     common.check_model(c.model, config, c.max_prompt, c.max_response)
     parts, test_rows, dropped = read_rows(c, tok)
     check_negatives(c, parts)
-    people = read_verdicts(c.verdicts, c) if c.verdicts else {}
+    human_verdicts = read_verdicts(c.verdicts, c) if c.verdicts else {}
 
     policy = Model(c.model, tok, device, getattr(torch, c.dtype))
     judge = common.make_judge(c.judge, Path(c.out) / "judge", device, policy.dtype, toy.score)
     if job.on_rank_0():
         show_plan(c, tok, parts, test_rows, dropped, device)
-    return policy, parts, test_rows, people, judge
+    return policy, parts, test_rows, human_verdicts, judge
 
 
 def read_rows(c, tok) -> tuple[list[list[dict]], list[dict], Counter]:
@@ -921,13 +953,14 @@ def measure(c, at: Slice, model: Model, rows: list[dict], sampling: Sampling, ju
     seed = job.seed_of(c.seed, "answers", at.name)
     note = f"{at.name}: "
     result = common.held_out(at.folder, rows, model, sampling, judge, seed, note)
-    for share in ("win", "tie", "loss"):
-        result[f"{share}_annotation"] = result.pop(share)
+    # held_out compares with the annotations; win, tie and loss alone are those against the start
+    for outcome in ("win", "tie", "loss"):
+        result[f"{outcome}_annotation"] = result.pop(outcome)
     if judge and at.number:
         start = at.folder.parent / "start"
         result.update(against_start(at.folder, start, judge, c.sample_batch, note))
-    first_or_last = at.name in ("start", f"{c.rounds}.{c.slices}")
-    if judge and c.n_scores and first_or_last:
+    before_or_after = at.number == 0 or is_last(c, at)
+    if judge and c.n_scores and before_or_after:
         result.update(score_spread(c, at, rows, model, sampling, judge))
     if judge:
         judge.free()
@@ -944,16 +977,16 @@ def against_start(
     """
     new = job.read_jsonl(folder / "answers.jsonl")
     old = job.read_jsonl(start / "answers.jsonl")
-    words = {"A": "win", "B": "loss"}
+    outcomes = {"A": "win", "tie": "tie", "B": "loss", None: None}
 
     def work(items, number):
         asked = [(new[i]["prompt"], new[i]["response"], old[i]["response"]) for i in items]
         rows = []
-        for i, verdict in zip(items, judge.compare(asked)):
-            rows.append({"id": new[i]["id"], "verdict": words.get(verdict, verdict)})
+        for i, better in zip(items, judge.compare(asked)):
+            rows.append({"id": new[i]["id"], "verdict": outcomes[better]})
         return rows
 
-    texts = [(mine["response"], others["response"]) for mine, others in zip(new, old)]
+    texts = [(a["response"], b["response"]) for a, b in zip(new, old)]
     rows = job.phase(
         folder / "against.jsonl",
         list(range(len(new))),
@@ -964,8 +997,11 @@ def against_start(
         ids=[row["id"] for row in new],
     )
     counts = Counter(row["verdict"] for row in rows)
-    read = len(rows) - counts[None]
-    return {name: counts[name] / read if read else None for name in ("win", "tie", "loss")}
+    readable = len(rows) - counts[None]
+    shares = {}
+    for outcome in ("win", "tie", "loss"):
+        shares[outcome] = counts[outcome] / readable if readable else None
+    return shares
 
 
 def score_spread(c, at: Slice, rows: list[dict], model: Model, sampling: Sampling, judge) -> dict:
