@@ -368,6 +368,8 @@ def normalise(raw: Any, need: str) -> dict:
     meta = raw.get("meta") or {}
     if not isinstance(meta, dict):
         meta = {"meta": meta}
+    # parquet gives a field that one row has to all others, as null
+    meta = {name: value for name, value in meta.items() if value is not None}
     row = {"prompt": prompt, **answers, "meta": meta}
 
     # 4. Every text, the id's too, must be one that can be written to a file and tokenised.

@@ -852,10 +852,12 @@ def check_apart(out: Path, config):
 
 
 def clear(out: Path):
-    """Empties a run's folder, but for its lock and its mark, which is overwritten later."""
-    for path in out.iterdir():
-        if path.name in ("lock", "run.json"):
-            continue
+    """Empties a run's folder, but for its lock and its mark, which is overwritten later.
+
+    The flags go last: after a kill what is left of the old run is not taken for one of other flags.
+    """
+    others = [path for path in out.iterdir() if path.name not in ("lock", "run.json")]
+    for path in sorted(others, key=lambda path: path.name == "config.json"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -487,6 +487,20 @@ def test_an_id_that_is_null_is_no_id(tmp_path):
     assert ids(tmp_path, *rows) == [by_content, "q"]
 
 
+def test_a_null_in_meta_says_nothing(tmp_path):
+    """Parquet gives one row's fields to all: an answer of the others is not cut for that."""
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "meta": {"chosen_ended": False}},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "meta": {"sampled_ids": {"chosen": [5]}}},
+    ]
+    found = {}
+    for kind in ("jsonl", "parquet"):
+        loaded, _ = datafiles.load_rows(stored(tmp_path, kind, rows), "pair")
+        found[kind] = [row["meta"] for row in loaded]
+    assert found["jsonl"] == [row["meta"] for row in rows]
+    assert found["parquet"] == found["jsonl"]
+
+
 def test_repeated_rows_are_left_out_and_counted(tmp_path):
     """The same id and content come once; the same content under two ids is two rows."""
     row = {"prompt": "p", "response": "a"}

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -794,6 +795,24 @@ def test_only_a_run_of_ours_is_overwritten(tmp_path, capsys):
     (run / "metrics.jsonl").touch()
     opened(run, overwrite=True)
     assert sorted(file.name for file in run.iterdir()) == ["config.json", "lock", "run.json"]
+
+
+def test_a_run_that_was_half_deleted_is_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    """Killed while --overwrite deletes: what is left of the old run has the old flags."""
+    run = tmp_path / "run"
+    opened(run)
+    (run / "iter1").mkdir()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    for order in (sorted, lambda paths: sorted(paths, reverse=True)):
+        listed = order(list(run.iterdir()))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "iterdir", lambda self, listed=listed: iter(listed))
+            patch.setattr(job.shutil, "rmtree", killed)
+            opened(run, overwrite=True, beta=5.0)
+        assert "--beta" in died(capsys, opened, run, resume=True, beta=5.0)
 
 
 @pytest.mark.parametrize("place", ["", "..", "below/it"])
