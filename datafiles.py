@@ -34,7 +34,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import job
 
@@ -135,7 +135,7 @@ def load_rows(spec: str, need: str, limit: int | None = None) -> tuple[list[dict
     for read, (where, raw) in enumerate(read_raw(spec), 1):
         try:
             row = normalise(raw, need)
-        except ValueError as fault:
+        except UNREADABLE as fault:
             fatal = (WrongKind, Disagreement) if is_file_name(spec) else WrongKind
             if isinstance(fault, fatal) or (read == 1 and str(fault).endswith("is null")):
                 job.die(f"{where}: {fault}")
@@ -220,6 +220,15 @@ def kind_of_file(path: Path) -> str:
     if path.suffix in PACKED_SUFFIXES:
         path = path.with_suffix("")
     return path.suffix
+
+
+def check_files(config):
+    """Ends the program for a file of data that isn't there; the toy world's are made later."""
+    for name in ("data", "test", "verdicts"):
+        spec = getattr(config, name, None) or ""
+        made_later = spec.startswith("runs/toy/")
+        if is_file_name(spec) and not made_later and not Path(spec).is_file():
+            job.die(f"{spec}: no such file")
 
 
 def read_raw(spec: str) -> Iterator[tuple[str, Any]]:
@@ -370,6 +379,8 @@ def normalise(raw: Any, need: str) -> dict:
         meta = {"meta": meta}
     # parquet gives a field that one row has to all others, as null
     meta = {name: value for name, value in meta.items() if value is not None}
+    if not are_lists_of_ids(meta.get("sampled_ids", [])):
+        raise ValueError("meta.sampled_ids: expected lists of token ids")
     row = {"prompt": prompt, **answers, "meta": meta}
 
     # 4. Every text, the id's too, must be one that can be written to a file and tokenised.
@@ -386,6 +397,13 @@ class Cell(NamedTuple):
     value: Any
 
 
+# columns that would change the prompt, or the label where they are false
+NOT_UNDERSTOOD = (
+    *("history", "context", "documents", "image", "images"),
+    *("tools", "functions", "tool_calls"),
+)
+LABELS = ("label", "kto_tag")
+
 QUESTIONS = ("prompt", "question", "instruction")
 ANSWERS = ("response", "completion", "output", "answer")
 CHOSEN = ("chosen", "real")
@@ -394,17 +412,26 @@ REJECTED = ("rejected", "generated")
 
 def check_columns(raw: dict, need: str):
     """Raises WrongKind for a column that would change the prompt or the label, and has a value."""
-    for column in ("history", "tools", "functions"):
+    for column in NOT_UNDERSTOOD:
         if raw.get(column):
+            not_understood(column)
+    question, extra = first_of(raw, *QUESTIONS), first_of(raw, "input")
+    if question and extra and "instruction" not in raw and extra.value != question.value:
+        not_understood("input")  # Alpaca's goes with an instruction
+
+    for column in LABELS:
+        if need != "prompt" and raw.get(column) in (False, 0):
             raise WrongKind(
-                f"column {column!r} would change the prompt and is not understood: "
-                "put it into the prompt's messages, or leave the column out"
+                f"column {column!r} is {json.dumps(raw[column])}: an answer that nobody should "
+                "give can only be the rejected one of a pair"
             )
-    if need != "prompt" and raw.get("label") is False:
-        raise WrongKind(
-            "column 'label' is false: an answer that nobody should give "
-            "can only be the rejected one of a pair"
-        )
+
+
+def not_understood(column: str) -> NoReturn:
+    raise WrongKind(
+        f"column {column!r} would change the prompt and is not understood: "
+        "put it into the prompt's messages, or leave the column out"
+    )
 
 
 def pick_columns(raw: dict, need: str) -> tuple[list[dict] | None, dict[str, Cell]]:
@@ -414,10 +441,14 @@ def pick_columns(raw: dict, need: str) -> tuple[list[dict] | None, dict[str, Cel
     `need` asks for, by name. Raises WrongKind if a column is missing, ValueError if it is null.
     """
     response, chosen = first_of(raw, *ANSWERS), first_of(raw, *CHOSEN)
-    if need == "pair" or response or chosen:
+    if need == "pair" or chosen or (response and not has_answer(raw)):
         context, said = find_prompt(raw), None
     else:
         context, said = find_exchange(raw, need)
+    if need == "response" and response and said and response.value != said.value:
+        raise Disagreement(
+            f"the messages' answer is not that of column {response.column!r}: leave one out"
+        )
 
     if need == "pair":
         sides = {"chosen": chosen, "rejected": first_of(raw, *REJECTED)}
@@ -440,6 +471,12 @@ def pick_columns(raw: dict, need: str) -> tuple[list[dict] | None, dict[str, Cel
     return context, sides
 
 
+def has_answer(raw: dict) -> bool:
+    """Whether the messages column has an answer, too."""
+    messages = raw.get("messages")
+    return bool(messages) and turns(messages, "messages")[-1]["role"] == "assistant"
+
+
 def find_exchange(raw: dict, need: str) -> tuple[list[dict] | None, Cell | None]:
     """Returns the messages of the prompt, and their answer if the messages column has both.
 
@@ -460,8 +497,11 @@ def find_prompt(raw: dict) -> list[dict] | None:
     Those of the messages column are one if they wait for an answer.
     """
     question = first_of(raw, *QUESTIONS)
-    if question and question.column == "instruction" and raw.get("input"):
-        return turns(f"{question.value}\n\n{raw['input']}", "input")
+    extra = first_of(raw, "input")
+    if question and question.column == "instruction" and extra:
+        if not isinstance(extra.value, str):
+            raise ValueError("no text: column 'input'")
+        return turns(f"{question.value}\n\n{extra.value}", "input")
     if question:
         return without_open_turn(turns(question.value, question.column))
     if raw.get("messages"):
@@ -492,17 +532,22 @@ def missing(raw: dict, need: str, what: str, columns: tuple[str, ...]) -> ValueE
 
 
 def first_of(raw: dict, *columns: str) -> Cell | None:
-    """Returns the first of these columns that is there and not null, or None."""
+    """Returns the first of these columns that holds something, or None.
+
+    A null, a NaN, which pandas writes for it, and an empty or blank text are nothing.
+    """
     for column in columns:
-        if raw.get(column) is not None:
-            return Cell(column, raw[column])
+        value = raw.get(column)
+        blank = isinstance(value, str) and not value.strip()
+        if value is not None and value == value and not blank:
+            return Cell(column, value)
     return None
 
 
 def with_system(raw: dict, prompt: list[dict]) -> list[dict]:
     """Returns the prompt with the system turn that a column of its own holds."""
     cell = first_of(raw, "system", "system_prompt")
-    if cell is None or cell.value == "":
+    if cell is None:
         return prompt
     if not isinstance(cell.value, str):
         raise ValueError(f"no text: column {cell.column!r}")
@@ -574,7 +619,9 @@ def turns(value: Any, column: str = "prompt") -> list[dict]:
 
 
 def is_message(value: Any) -> bool:
-    return isinstance(value, dict) and "role" in value and isinstance(value.get("content"), str)
+    if not isinstance(value, dict) or value.get("tool_calls"):
+        return False
+    return "role" in value and isinstance(value.get("content"), str)
 
 
 def is_dialogue(text: str) -> bool:
@@ -613,6 +660,13 @@ def check_conversation(prompt: list[dict]):
     for message in prompt:
         if not message["content"].strip():
             raise ValueError("empty prompt")
+
+
+def are_lists_of_ids(value: Any) -> bool:
+    """Whether a value is a list of lists of whole numbers."""
+    if not isinstance(value, list) or not all(isinstance(ids, list) for ids in value):
+        return False
+    return all(isinstance(token, int) for ids in value for token in ids)
 
 
 def has_lone_surrogate(text: str) -> bool:

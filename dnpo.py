@@ -366,7 +366,7 @@ class Config:
     # of the weights of the last checkpoint; those in between stay in float32
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     out: str = "runs/dnpo"  # folder of the run
-    resume: bool = False  # go on with the run in --out
+    resume: bool = False  # go on with the run in --out, or begin it
     overwrite: bool = False  # delete the run in --out and begin again
     # check everything, show the plan and one example, and stop before any model is loaded
     dry_run: bool = False
@@ -1146,7 +1146,7 @@ def setup(c) -> torch.device:
             f"--batch {c.batch} can't be divided by {world} ranks x --micro_batch {c.micro_batch}"
         )
     if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
-        job.check_files(c)  # before this takes minutes
+        datafiles.check_files(c)  # before this takes minutes
         if job.on_rank_0():
             toy.make(Path("runs/toy"))
         job.stop_if_asked()

@@ -93,6 +93,8 @@ class Config:
             raise ValueError("--pairs needs answers that differ: --temperature must be above 0")
         if self.pairs and self.n < 2:
             raise ValueError("--pairs needs at least two answers a prompt: --samples 5")
+        if Path(self.out).resolve() == Path(self.data).resolve():
+            raise ValueError("--out is --data: choose another file for the answers")
         if self.pairs and Path(self.pairs).resolve() == Path(self.out).resolve():
             raise ValueError("--pairs and --out are one file: the pairs would replace the answers")
 
@@ -244,7 +246,8 @@ def main():
         print(f"{c.data}: {len(rows)} prompts x {c.n}{left_out}; {where}")
 
     # 3. the answers
-    job.hold(out.with_name(f"{out.name}.part"), out)  # it goes with the other parts
+    lock = out.with_name(f"{out.name}.lock")
+    job.hold(lock, out)
     if out.exists() and job.on_rank_0():
         print(f"{out} is there already and is judged as it is: nothing is sampled")
     if client:
@@ -260,6 +263,8 @@ def main():
     # 4. the best and the worst of each prompt
     if c.pairs:
         write_pairs(rows, answers, make_judge(c.judge, None, device, dtype, toy.score), c)
+    if job.on_rank_0():
+        lock.unlink()
     job.leave()
 
 

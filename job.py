@@ -56,14 +56,21 @@ from torch import Tensor, nn
 
 # ------------------------------------------------------------------------- messages and seeds
 
+STOP = threading.Event()  # SIGTERM has come
+PATIENCE = 5.0  # seconds in which torchrun ends the other ranks, once one has died
+
 
 def die(message: str) -> typing.NoReturn:
     """Ends the program with one line on stderr and exit code 2, for mistakes in the input.
 
-    Under torchrun only rank 0 prints it.
+    Under torchrun rank 0 prints it. Another rank speaks only if nothing ends it for a while: rank 0
+    has not met this mistake, or torchrun would have ended all.
     """
-    if int(os.environ.get("RANK", 0)) == 0:
+    own_rank = int(os.environ.get("RANK", 0))
+    if own_rank == 0:
         print(f"error: {message}", file=sys.stderr)
+    elif not STOP.wait(PATIENCE):
+        print(f"error on rank {own_rank}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -265,8 +272,6 @@ def keep_freed_blocks(keep: bool = True):
 
 
 # ------------------------------------------------------------------------- being asked to stop
-
-STOP = threading.Event()  # SIGTERM has come
 
 
 def stop_on_sigterm():
@@ -587,8 +592,8 @@ def read_parts(path: Path, stamp: str) -> dict[int, list]:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The files PATH.part*, whatever characters PATH has."""
-    return sorted(path.parent.glob(f"{glob.escape(path.name)}.part*"))
+    """The files PATH.partRANK, whatever characters PATH has."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.part[0-9]*"))
 
 
 # ------------------------------------------------------------------------- flags
@@ -724,15 +729,6 @@ def check_not_negative(config, *names: str):
             raise ValueError(f"--{name} must not be negative, not {value}")
 
 
-def check_files(config):
-    """Ends the program for a file of data that isn't there; the toy world's are made later."""
-    for name in ("data", "test", "verdicts"):
-        value = getattr(config, name, None) or ""
-        is_file_name = value.endswith((".jsonl", ".json", ".parquet"))
-        if is_file_name and not value.startswith("runs/toy/") and not Path(value).is_file():
-            die(f"{value}: no such file")
-
-
 def check_run(config):
     """ValueError for flags that make no sense in a run, or not together, and for a bad --out."""
     if config.resume and config.overwrite:
@@ -767,6 +763,12 @@ def check_out(folder: Path, flag: str = "--out"):
 
 FIRST_FILES = ("lock", "run.json.tmp")  # a kill may leave these and no run
 
+# flags that name files and folders which a run reads, or shares with others
+INPUTS = (
+    *("model", "data", "test", "judge", "older", "smaller", "encoder"),
+    *("verdicts", "export_pairs", "reference"),
+)
+
 
 def open_run(config, data: list[str | None], may_change: tuple[str, ...]) -> Path:
     """Makes or enters the run's folder, and writes config.json and run.json into it.
@@ -779,16 +781,16 @@ def open_run(config, data: list[str | None], may_change: tuple[str, ...]) -> Pat
     out = Path(config.out)
     check_out(out)
     used = out.exists() and any(file.name not in FIRST_FILES for file in out.iterdir())
+    # --max-restarts: the same command once more, which would delete what is done
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    resume = config.resume or (used and restarted)  # --max-restarts: the same command once more
 
-    if used and resume:
+    if used and config.resume:
         if not is_run(out):
             die(f"{out}: no run.json of ours, so no run to resume")
         if (out / "config.json").exists():  # else a kill came before it
             check_same_flags(out, config, may_change)
         check_same_data(out, config, data, may_change)
-    elif used and not config.overwrite:
+    elif used and (restarted or not config.overwrite):
         die(f"{out} is not empty: --resume to go on, --overwrite to begin again, or another --out")
     elif used and not is_run(out):
         die(f"{out} holds no run (no run.json of ours), so --overwrite does not touch it")
@@ -798,7 +800,7 @@ def open_run(config, data: list[str | None], may_change: tuple[str, ...]) -> Pat
     barrier()
     hold(out / "lock", out)
     if on_rank_0():
-        if used and not resume:
+        if used and not config.resume:
             clear(out)
         mend(out / "metrics.jsonl")
         write_atomic(out / "run.json", json.dumps(provenance(data), indent=1))
@@ -842,13 +844,26 @@ def check_same_data(out: Path, config, data: list[str | None], may_change: tuple
 def check_apart(out: Path, config):
     """Ends the program if a run would delete or fill what another flag names: a model, data."""
     place = out.resolve()
-    for name, value in dataclasses.asdict(config).items():
-        for path in value if isinstance(value, list) else [value]:
-            if name == "out" or not isinstance(path, str) or not os.path.exists(path):
+    for name in INPUTS:
+        value = getattr(config, name, None) or []
+        for spec in value if isinstance(value, list) else [value]:
+            path = path_in(spec)
+            if path is None:
                 continue
-            other = Path(path).resolve()
+            other = path.resolve()
             if place == other or place in other.parents or other in place.parents:
-                die(f"--out {out} is, or holds, or is inside of --{name} {path}: choose another")
+                die(f"--out {out} is, or holds, or is inside of --{name} {spec}: choose another")
+
+
+def path_in(spec: str) -> Path | None:
+    """The file or folder that a flag's value names, alone, as rm:PATH, or as PATH:SPLIT."""
+    kind, _, behind = spec.partition(":")
+    before, _, _ = spec.rpartition(":")
+    places = [behind] if kind in ("hf", "rm") else [spec, before]
+    for place in filter(None, places):
+        if os.path.exists(place):
+            return Path(place)
+    return None
 
 
 def clear(out: Path):
@@ -890,12 +905,26 @@ def provenance(data: list[str | None]) -> dict:
 
 
 def file_hashes(data: list[str | None]) -> dict[str, str]:
-    """The sha256 of those of these names that are files, by name."""
+    """The sha256 of those of these names that are files or folders, by name.
+
+    A folder's is that of its files' names and hashes. What a Hub id stands for has none.
+    """
     hashes = {}
-    for name in data:
-        if name and Path(name).is_file():
-            hashes[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    for name in filter(None, data):
+        path = path_in(name)
+        if path and path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            listed = [(str(file.relative_to(path)), file_hash(file)) for file in files]
+            hashes[name] = hashlib.sha256(repr(listed).encode()).hexdigest()
+        elif path:
+            hashes[name] = file_hash(path)
     return hashes
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------- training states
@@ -1149,7 +1178,7 @@ class TrainingRun:
     def write(self, step: int, metrics: dict, *, lr: float, grad_norm: float, more: str = ""):
         """Appends a step's line to the file of metrics and shows it; `more` is shown only.
 
-        Without a terminal, where there is no bar, every quarter of the steps is a printed line.
+        Without a terminal, where there is no bar, a line is printed for each quarter of the steps.
 
         A loss, a gradient or whatever else a step has measured that is not finite ends the program,
         on every rank with one line. Nothing of this step is saved: state.pt is the last one, the
@@ -1181,7 +1210,8 @@ class TrainingRun:
         per_step = seconds / (step - self.first + 1)
         text = metric_line(line, total, per_step * (total - step - 1)) + more
         self.bar.set_description_str(text)
-        if self.bar.disable and (step + 1) % max(1, total // 4) == 0:
+        quarters_before, quarters = 4 * step // total, 4 * (step + 1) // total
+        if self.bar.disable and quarters > quarters_before:
             print(text, flush=True)
 
 
@@ -1202,9 +1232,14 @@ def memory_gib(device) -> float:
     """Peak memory in GiB: the CUDA allocator's, or this process's resident set."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
+    status = Path("/proc/self/status")
+    peak = status.exists() and re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+    if peak:
+        return int(peak[1]) / 2**20
+    import resource  # its peak counts what ran in this process before exec, too
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    units = 2**30 if sys.platform == "darwin" else 2**20  # bytes, elsewhere KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
 
 
 # ------------------------------------------------------------------------- plan and report

@@ -670,7 +670,7 @@ class Config:
     eval_every: int = 50  # optimizer steps between measurements on held-out pairs
     reference: str = "runs/reference"  # folder of reference log-probs, shared by runs
     out: str = "runs/sams"  # folder of the run
-    resume: bool = False  # go on with the run in --out
+    resume: bool = False  # go on with the run in --out, or begin it
     overwrite: bool = False  # delete the run in --out and begin again
     # check everything, show the plan and one example, and stop before any model is loaded
     dry_run: bool = False
@@ -1613,7 +1613,7 @@ def setup(c) -> torch.device:
             f"--batch {c.batch} can't be divided by {world} ranks x --micro_batch {c.micro_batch}"
         )
     if any(str(value).startswith("runs/toy/") for value in vars(c).values()):
-        job.check_files(c)  # before this takes minutes
+        datafiles.check_files(c)  # before this takes minutes
         if job.on_rank_0():
             toy.make(Path("runs/toy"))
         job.stop_if_asked()

@@ -6,10 +6,12 @@ Bad input ends in one line, exit code 2, before any model is loaded.
 import dataclasses
 import gzip
 import json
+import math
 import os
 import re
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -441,6 +443,39 @@ def test_limit_takes_the_first_rows(tmp_path):
     assert [row["prompt"] for row in rows] == [[user("c")], [user("a")]]
 
 
+def test_columns_that_hold_nothing_change_nothing(tmp_path):
+    """A NaN, as pandas writes a gap, a blank text, a null, an empty list; the next one counts."""
+    path = jsonl(
+        tmp_path,
+        {"instruction": "Add.", "input": math.nan, "output": "3"},
+        {"instruction": "Add.", "input": " \n", "response": "", "output": "4"},
+        {"prompt": "a", "system": "", "system_prompt": "s", "response": "b", "context": None},
+        {"prompt": "c", "input": "c", "response": "d", "images": [], "label": 1, "kto_tag": True},
+    )
+    rows, _ = datafiles.load_rows(path, "response")
+    assert without_ids(rows) == [
+        {"prompt": [user("Add.")], "response": "3", "meta": {}},
+        {"prompt": [user("Add.")], "response": "4", "meta": {}},
+        {"prompt": [system("s"), user("a")], "response": "b", "meta": {}},
+        {"prompt": [user("c")], "response": "d", "meta": {}},
+    ]
+
+
+def test_an_answer_may_stand_in_a_column_and_in_the_messages(tmp_path):
+    """The same one, or one to messages that wait for it; prompts alone don't care."""
+    same = {"messages": [user("a"), assistant("b")], "answer": "b"}
+    waits = {"messages": [user("a"), assistant("b"), user("c")], "answer": "d"}
+    rows, _ = datafiles.load_rows(jsonl(tmp_path, same, waits), "response")
+    assert without_ids(rows) == [
+        {"prompt": [user("a")], "response": "b", "meta": {}},
+        {"prompt": waits["messages"], "response": "d", "meta": {}},
+    ]
+
+    other = {"messages": [user("a"), assistant("b")], "answer": "42"}
+    (row,), _ = datafiles.load_rows(jsonl(tmp_path, other), "prompt")
+    assert row["prompt"] == [user("a")]
+
+
 # ---------------------------------------------------------------- ids, and the held-out tenth
 
 
@@ -491,7 +526,7 @@ def test_a_null_in_meta_says_nothing(tmp_path):
     """Parquet gives one row's fields to all: an answer of the others is not cut for that."""
     rows = [
         {"prompt": "p", "chosen": "a", "rejected": "b", "meta": {"chosen_ended": False}},
-        {"prompt": "q", "chosen": "a", "rejected": "b", "meta": {"sampled_ids": {"chosen": [5]}}},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "meta": {"sampled_ids": [[5]]}},
     ]
     found = {}
     for kind in ("jsonl", "parquet"):
@@ -809,6 +844,51 @@ BAD_FILES = {
         ".jsonl",
         GOOD * 20 + '{"prompt": "a", "completion": "b", "label": false}\n',
         [":21:", "'label'"],
+    ),
+    "label: 0": BadFile(
+        ".jsonl",
+        GOOD * 20 + '{"prompt": "a", "completion": "b", "label": 0}\n',
+        [":21:", "'label' is 0"],
+    ),
+    "kto_tag: false": BadFile(
+        ".jsonl",
+        GOOD * 20 + '{"prompt": "a", "completion": "b", "kto_tag": false}\n',
+        [":21:", "'kto_tag' is false"],
+    ),
+    "dolly's context": BadFile(
+        ".jsonl",
+        GOOD * 20 + '{"instruction": "Sum up.", "context": "Long.", "response": "b"}\n',
+        [":21:", "'context' would change the prompt"],
+    ),
+    "an image": BadFile(
+        ".jsonl",
+        GOOD * 20 + '{"prompt": "What is this?", "image": "cat.png", "response": "b"}\n',
+        [":21:", "'image' would change the prompt"],
+    ),
+    "input without an instruction": BadFile(
+        ".jsonl",
+        GOOD * 20 + '{"prompt": "Sum up.", "input": "Long.", "response": "b"}\n',
+        [":21:", "'input' would change the prompt"],
+    ),
+    "a list as input": BadFile(
+        ".jsonl",
+        '{"instruction": "Sum up.", "input": ["a", "b"], "output": "b"}\n',
+        [":1:", "no text: column 'input'"],
+    ),
+    "a call of a tool": BadFile(
+        ".jsonl",
+        lines([{"messages": [user("a"), {**assistant("b"), "tool_calls": [{"id": "1"}]}]}]),
+        [":1:", "'messages'"],
+    ),
+    "two answers": BadFile(
+        ".jsonl",
+        GOOD * 20 + lines([{"messages": [user("a"), assistant("42, since")], "answer": "42"}]),
+        [":21:", "'answer'", "the messages' answer"],
+    ),
+    "ids that are none": BadFile(
+        ".jsonl",
+        '{"prompt": "a", "response": "b", "meta": {"sampled_ids": [[1, 2], null]}}\n',
+        [":1:", "sampled_ids", "lists of token ids"],
     ),
     "a lost system turn": BadFile(
         ".jsonl",
@@ -1249,6 +1329,14 @@ def test_an_output_file_is_not_that_of_the_pairs(refused, bare, tmp_path):
     assert not out.exists()
 
 
+def test_an_output_file_is_not_that_of_the_prompts(refused, bare, tmp_path):
+    """It would be taken for answers, which the next message says to delete."""
+    flags = generate_flags(
+        bare, bare / "train.jsonl", samples=2, judge="toy", pairs=tmp_path / "p.jsonl"
+    )
+    has(refused(generate, *flags), "--out is --data")
+
+
 class Tired(Exception):
     """A Patient was asked too much."""
 
@@ -1414,8 +1502,19 @@ def test_a_judge_that_is_none_is_refused(spec, refused, bare, tmp_path):
 
 
 def test_only_the_first_rank_speaks(monkeypatch, capsys):
-    """Under torchrun every rank ends with code 2, but the line is printed once."""
-    for rank, shown in (("0", "error: so it is\n"), ("3", "")):
+    """Under torchrun every rank ends with code 2, but the line is printed once.
+
+    torchrun ends the ranks that wait when rank 0 has spoken; if it doesn't, one of them speaks.
+    """
+    monkeypatch.setattr(job, "PATIENCE", 0.01)
+    asked, alone = threading.Event(), threading.Event()
+    asked.set()
+    for rank, stop, shown in (
+        ("0", alone, "error: so it is\n"),
+        ("3", asked, ""),
+        ("3", alone, "error on rank 3: so it is\n"),
+    ):
+        monkeypatch.setattr(job, "STOP", stop)
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as end:
             job.die("so it is")
@@ -1575,6 +1674,19 @@ def test_json_that_no_reader_takes_is_broken(tmp_path, capsys, suffix, text):
     assert err.count("\n") == 1
 
 
+def test_a_row_that_is_too_deep_to_be_written_is_left_out(monkeypatch):
+    """json reads rows that it can't write, a few brackets before those that it can't read."""
+    deep = {}
+    for _ in range(100_000):
+        deep = {"deeper": deep}
+    found = [(f"row {i}", {"prompt": str(i), "response": "y"}) for i in range(20)]
+    found.append(("row 20", {"prompt": "20", "response": "y", "meta": deep}))
+    monkeypatch.setattr(datafiles, "read_raw", lambda spec: iter(found))
+    rows, dropped = datafiles.load_rows("x.jsonl", "response")
+    assert len(rows) == 20
+    assert dropped.total() == 1
+
+
 def test_many_rows_of_one_id_are_quick(tmp_path):
     """They get names of their own, x, x-2, x-3 and so on, in seconds for 8000 rows."""
     rows = [{"id": "x", "prompt": str(i), "response": "y"} for i in range(8000)]
@@ -1624,12 +1736,13 @@ def test_a_models_own_code_is_never_run(tmp_path, monkeypatch, capsys):
     assert not marker.exists()
 
 
-def test_missing_data_are_found_before_the_toy_world_is_made(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["nope.jsonl", "nope.jsonl.gz"])
+def test_missing_data_are_found_before_the_toy_world_is_made(name, tmp_path, monkeypatch, capsys):
     """Which would take a minute."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(toy, "make", lambda *_: pytest.fail("a world was made"))
-    set_flags(monkeypatch, dnpo, ["--preset", "toy", "--data", "nope.jsonl"])
+    set_flags(monkeypatch, dnpo, ["--preset", "toy", "--data", name])
     with pytest.raises(SystemExit) as stop:
         dnpo.main()
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: nope.jsonl: no such file\n"
+    assert capsys.readouterr().err == f"error: {name}: no such file\n"

@@ -176,8 +176,8 @@ def test_a_dying_rank_ends_the_run_with_its_traceback_and_the_run_goes_on(
 ):
     """Rank 1 raises in step 4: torchrun names it and its error.
 
-    Started again (by --max-restarts, or with --resume on one process) the run continues from step
-    2's state.
+    Started again (by --max-restarts and --resume, or with --resume on one process) the run
+    continues from step 2's state.
     """
     dying, marker = tmp_path / "dying.py", tmp_path / "marker"
     dying.write_text(DYING)
@@ -187,6 +187,7 @@ def test_a_dying_rank_ends_the_run_with_its_traceback_and_the_run_goes_on(
         *("--max-restarts", restarts),
         *(dying, ROOT, marker),
         *flags("run", parallel="ddp"),
+        *(["--resume"] if restarts else []),
     ]
     done = subprocess.run(
         [str(part) for part in launch],

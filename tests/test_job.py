@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -23,7 +24,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import lines
+from conftest import ROOT, lines
 from safetensors import SafetensorError
 
 import dnpo
@@ -532,6 +533,32 @@ def test_every_quarter_of_the_steps_is_a_printed_line_without_a_terminal(
     ]
 
 
+def test_no_more_lines_are_printed_than_quarters(tmp_path, capsys):
+    """Seven steps don't give seven lines."""
+    training = Training(tmp_path, [[0]] * 7, save_every=100)
+    for step in training.run:
+        training.measure(step)
+    printed = re.findall(r"step (\d)/7", capsys.readouterr().out)
+    assert printed == ["2", "4", "6", "7"]
+
+
+def test_peak_memory_is_this_programs_own():
+    """Linux's ru_maxrss also counts what ran in the process before it, here one GiB."""
+    small = "import job; print(job.memory_gib('cpu'))"
+    large = (
+        "import os, sys; kept = b'x' * 2**30; "
+        "os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
+    )
+    peaks = []
+    for command in (["-c", small], ["-c", large, small]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        peaks.append(float(done.stdout))
+    assert 0.05 < peaks[0] < 2
+    assert abs(peaks[1] - peaks[0]) < 0.1
+
+
 def test_rate_and_time_left_count_the_steps_since_the_start(monkeypatch, tmp_path, capsys):
     """After a resume: pairs of steps 3 and 4 only, and 2 seconds for each step that is left."""
     killed(tmp_path, dies_in=2)
@@ -711,6 +738,16 @@ def test_a_damaged_part_costs_its_batch_only(tmp_path):
 # ---------------------------------------------------------------- files
 
 
+def test_only_the_ranks_parts_are_parts(tmp_path):
+    """What else begins with the file's name is somebody's own."""
+    mine = [tmp_path / "o.jsonl.partial", tmp_path / "o.jsonl.part"]
+    for file in mine:
+        file.write_text('{"stamp": 1}\n')
+    (tmp_path / "o.jsonl.part0").write_text("\n")
+    job.phase(tmp_path / "o.jsonl", [1], lambda items, number: [{"x": 1}], 1)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "o.jsonl", *mine])
+
+
 def test_rows_come_back_from_json_lines_as_they_were(tmp_path):
     """Line separators other than \\n do not end a row, and no character is escaped away."""
     rows = [{"text": "a\u2028b\u0085c\x0cd\x1ee é 語"}, {"n": 1, "none": None}]
@@ -771,6 +808,7 @@ class RunFlags:
 
     out: str
     data: str = ""
+    preset: str = ""
     beta: float = 0.1
     resume: bool = False
     overwrite: bool = False
@@ -823,6 +861,55 @@ def test_a_run_is_not_made_where_its_input_is(tmp_path, capsys, place):
     line = died(capsys, opened, model / place, data=str(model), overwrite=True)
     assert "--data" in line or "holds no run" in line
     assert list(tmp_path.rglob("*")) == [tmp_path / "a", model]
+
+
+@pytest.mark.parametrize("spec", ["{}:train", "rm:{}", "hf:{}"])
+def test_inputs_are_found_behind_a_judges_kind_and_before_a_split(tmp_path, capsys, spec):
+    """--overwrite would delete them with the run that they lie in."""
+    run = opened(tmp_path / "run")
+    (run / "kept").mkdir()
+    line = died(capsys, opened, run, data=spec.format(run / "kept"), overwrite=True)
+    assert "--data" in line
+    assert (run / "kept").exists()
+
+
+def test_a_word_is_not_taken_for_a_folder(tmp_path, monkeypatch):
+    """A folder may have the name of a preset, and the run may lie in it."""
+    monkeypatch.chdir(tmp_path)
+    Path("toy").mkdir()
+    opened(Path("toy/run"), preset="toy")
+
+
+@pytest.mark.parametrize("more", [{}, {"overwrite": True}])
+def test_a_restart_by_torchrun_goes_on_only_where_it_was_asked_to(
+    tmp_path, monkeypatch, capsys, more
+):
+    """The first start may have been refused, and with --overwrite it has begun what is there."""
+    run = opened(tmp_path / "run")
+    (run / "iter1").mkdir()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "--resume to go on" in died(capsys, opened, run, **more)
+    opened(run, resume=True)
+    assert (run / "iter1").exists()
+    opened(tmp_path / "another")
+
+
+def test_a_data_set_folder_that_was_edited_is_refused(tmp_path, capsys):
+    """By the content of any of its files, or by their names."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    (data / "more").mkdir(parents=True)
+    file = data / "more" / "train.jsonl"
+    file.write_text("old")
+    opened(run, data=f"{data}:train")
+    opened(run, data=f"{data}:train", resume=True)
+
+    file.write_text("new")
+    line = died(capsys, opened, run, data=f"{data}:train", resume=True)
+    assert f"{data}:train is not what it was" in line
+    file.write_text("old")
+    file.rename(data / "more" / "test.jsonl")
+    line = died(capsys, opened, run, data=f"{data}:train", resume=True)
+    assert f"{data}:train is not what it was" in line
 
 
 def test_data_that_were_edited_since_the_start_are_refused(tmp_path, capsys):

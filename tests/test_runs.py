@@ -578,8 +578,11 @@ def test_the_best_and_the_worst_answer_to_each_prompt_become_a_pair(world, tmp_p
     assert forked(generate, *flags, kill=("in", "score")) == -signal.SIGKILL
     assert out.exists()
     assert not pairs.exists()
+    lock = Path(f"{out}.lock")
+    assert lock.exists()  # the answers are there, and nobody else may judge them
     done = script("generate.py", *flags, cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
+    assert not lock.exists()
 
     expected = []
     answers = lines(out)
