@@ -437,9 +437,13 @@ def encode_pairs(
 
 def side_ids(tok, row: dict, side: str, max_response: int) -> list[int]:
     """Ids of one side ("chosen" or "rejected") of a preference row."""
-    ended = row["meta"].get(f"{side}_ended", True)
     sampled = row["meta"].get("sampled_ids", ())
-    return response_ids(tok, row[side], ended, max_response, sampled)
+    return response_ids(tok, row[side], has_ended(row, side), max_response, sampled)
+
+
+def has_ended(row: dict, side: str) -> bool:
+    """Whether a side of a preference row ended by itself, as it did if meta says nothing."""
+    return row["meta"].get(f"{side}_ended", True)
 
 
 def given_answer(row: dict, side: str, score: float | None = None) -> Answer:
@@ -449,7 +453,7 @@ def given_answer(row: dict, side: str, score: float | None = None) -> Answer:
     """
     meta = row["meta"]
     if side == "rejected":
-        ended = meta.get("rejected_ended", True)
+        ended = has_ended(row, "rejected")
     else:
         ended = meta.get("chosen_ended", meta.get("finish") != "length")
     return Answer(row[side], ended, score, meta.get("sampled_ids", ()))
@@ -463,9 +467,8 @@ def sampled_ids(chosen: Answer, rejected: Answer) -> dict[str, list[list[int]]]:
 
 def same_text(row: dict) -> bool:
     """Whether both sides are one text, perhaps sampled as other tokens."""
-    meta = row["meta"]
-    ended = meta.get("chosen_ended", True), meta.get("rejected_ended", True)
-    return row["chosen"] == row["rejected"] and ended[0] == ended[1]
+    same_end = has_ended(row, "chosen") == has_ended(row, "rejected")
+    return row["chosen"] == row["rejected"] and same_end
 
 
 def collate(sequences: list[tuple[list[int], list[int]]], device) -> tuple[Tensor, Tensor]:

@@ -533,10 +533,8 @@ def label(c, at: Iteration, rows: list[dict], answers: list[dict], judge) -> lis
             generated_scores = common.score_rows(judge, answers, items)
         pairs = []
         for i, annotated_score, generated_score in zip(items, annotated_scores, generated_scores):
-            ended = answers[i]["meta"]["finish"] == "stop"
             annotated = common.given_answer(rows[i], "response", annotated_score)
-            ids = answers[i]["meta"].get("sampled_ids", ())
-            generated = Answer(answers[i]["response"], ended, generated_score, ids)
+            generated = common.given_answer(answers[i], "response", generated_score)
             pairs.append(preference_row(c, at, rows[i], annotated, generated, i in flipped))
         return pairs
 

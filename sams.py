@@ -1337,8 +1337,8 @@ def flip(row: dict) -> dict:
     meta = {
         **row["meta"],
         "flipped": not row["meta"].get("flipped", False),
-        "chosen_ended": row["meta"].get("rejected_ended", True),
-        "rejected_ended": row["meta"].get("chosen_ended", True),
+        "chosen_ended": common.has_ended(row, "rejected"),
+        "rejected_ended": common.has_ended(row, "chosen"),
     }
     return {**row, "chosen": row["rejected"], "rejected": row["chosen"], "meta": meta}
 

@@ -438,11 +438,7 @@ def draw_answers(
         n=n,
         note=f"{at.name}: sample {name}",
     )
-    answers = []
-    for row in drawn:
-        ended = row["meta"]["finish"] == "stop"
-        ids = row["meta"].get("sampled_ids", ())
-        answers.append(Answer(row["response"], ended, sampled_ids=ids))
+    answers = [common.given_answer(row, "response") for row in drawn]
     return [answers[i * n : (i + 1) * n] for i in range(len(at.rows))]
 
 
