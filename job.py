@@ -250,11 +250,23 @@ LIBC = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
 
 
 def own_device() -> torch.device:
-    """This rank's GPU. If there is none, the CPU, where the process then keeps freed blocks."""
+    """This rank's GPU, or else the CPU, where glibc and oneDNN are told what to keep."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     keep_freed_blocks()
+    keep_few_products()
     return torch.device("cpu")
+
+
+def keep_few_products():
+    """Tells oneDNN, and torch's own cache above it, to keep 64 matrix products, before the first.
+
+    In bf16 each shape has products of its own, compiled at its first use. By default 1024 are kept,
+    so that a training on unequal lengths takes more memory with each step, up to many GiB; a
+    micro-batch needs some twenty, which all layers share.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
 
 
 def keep_freed_blocks(keep: bool = True):

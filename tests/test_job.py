@@ -146,6 +146,34 @@ def new_pages_of_64_mib() -> int:
 # ---------------------------------------------------------------- resume
 
 
+MANY_SHAPES = """
+import job, torch
+
+def used_mib():
+    job.LIBC.malloc_trim(0)
+    with open("/proc/self/status") as status:
+        (line,) = [line for line in status if line.startswith("RssAnon")]
+    return int(line.split()[1]) / 1024
+
+job.own_device()
+weight = torch.ones(64, 64, dtype=torch.bfloat16)
+for rows in range(1, 301):
+    torch.ones(rows, 64, dtype=torch.bfloat16) @ weight
+    if rows == 100:
+        before = used_mib()
+print(used_mib() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process uses is read in /proc")
+def test_on_a_cpu_products_of_new_shapes_take_no_new_memory():
+    """oneDNN would keep half a MiB for each of 200 more shapes, where it computes in bf16."""
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_SHAPES], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 10
+
+
 def test_a_run_makes_every_step_once_and_leaves_a_line_for_each(tmp_path):
     """Steps are numbered from 0 in the loop, from 1 in the file."""
     training = Training(tmp_path)
