@@ -66,6 +66,8 @@ def load_tokenizer(path: str):
         reason = job.first_line(fault)
         job.die(f"{path}: neither a model folder nor a Hub model that can be loaded ({reason})")
 
+    if config.is_encoder_decoder:
+        job.die(f"{path}: an encoder-decoder ({config.model_type}), not a causal decoder")
     if tok.chat_template is None:
         job.die(
             f"{path}: its tokenizer has no chat template; "
@@ -91,8 +93,6 @@ def check_model(path: str, config, max_prompt: int, max_response: int):
     What is wanted is a causal decoder in full precision. Scorer.check looks at the rest when the
     weights are there.
     """
-    if config.is_encoder_decoder:
-        job.die(f"{path}: an encoder-decoder ({config.model_type}), not a causal decoder")
     if getattr(config, "quantization_config", None):
         job.die(f"{path}: its weights are quantised; training needs them in full precision")
     blocks(lm_shapes(path))
@@ -127,22 +127,64 @@ def context_of(config) -> int:
 
 
 def prompt_ids(tok, prompt: list[dict]) -> list[int]:
-    """Ids of the chat template's rendering of the messages, the assistant's header included.
+    """Ids of the chat template's rendering of the messages, up to where their answer begins.
 
     Training, sampling and judging all use this function.
     """
-    roles = [message["role"] for message in prompt]
-    try:
-        if not turn_of(tok).opened:
-            ids = render(tok, prompt, add_generation_prompt=True)
-        else:
-            before, _, _ = around_answer(tok, prompt, SAID)
-            ids = tok(before, add_special_tokens=False)["input_ids"]
-    except Exception as fault:  # a template is a program: it can fail with anything
-        job.die(f"the chat template refuses a prompt of {roles}: {job.first_line(fault)}")
-    if not ids:
-        job.die(f"the chat template makes nothing of a prompt of {roles}")
+    return quoted_ids(tok, prompt, waits=True)
+
+
+def quoted_ids(tok, messages: list[dict], waits: bool) -> list[int]:
+    """Ids of the chat template's rendering, in which the messages can't speak for the template.
+
+    The name of a special token in a message stays text: before the rendering it is exchanged for
+    a private character, and behind it for the ids of its letters. waits: for an answer.
+
+    Ends the program where the template refuses the messages, or leaves one of them out.
+    """
+    names = [str(token) for token in tok.added_tokens_decoder.values() if token.special]
+    private = {name: chr(0xF0000 + i) for i, name in enumerate(names) if name}
+    longest_first = sorted(private, key=len, reverse=True)
+    quoted = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    marked = []
+    for message in messages:
+        content = quoted.sub(lambda name: private[name[0]], message["content"])
+        marked.append({**message, "content": content})
+    text = rendered(tok, marked, waits)
+
+    named = {character: name for name, character in private.items()}
+    ids = []
+    for piece in re.split("([\U000f0000-\U000fffff])", text):
+        if piece in named:
+            ids += text_ids(tok, named[piece])
+        elif piece:
+            ids += tok(piece, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def rendered(tok, messages: list[dict], waits: bool) -> str:
+    """The chat template's text of the messages, with what stands before their answer if it waits.
+
+    What an answer of the assistant's loses, a thought for example, is the template's affair; a turn
+    of the user's or of the system's must be there.
+    """
+    roles = [message["role"] for message in messages]
+    which = f"a prompt of {roles} that ends in {messages[-1]['content'][-60:]!r}"
+    try:
+        if waits and turn_of(tok).opened:
+            text, _, _ = around_answer(tok, messages, SAID)
+        else:
+            text = render(tok, messages, tokenize=False, add_generation_prompt=waits)
+    except Exception as fault:  # a template is a program: it can fail with anything
+        job.die(f"the chat template refuses {which}: {job.first_line(fault)}")
+    for message in messages:
+        if message["role"] != "assistant" and message["content"].strip() not in text:
+            job.die(
+                f"the chat template leaves out the {message['role']} turn of {which}: put its text "
+                "into another turn, or use a model that has this role"
+            )
+    return text
 
 
 def response_ids(
@@ -776,15 +818,28 @@ def lm_shapes(path: str):
 
 
 def read_weights(kind, path: str, dtype: torch.dtype):
-    """A model of the class `kind`; weights that can't be read end the program with one line."""
+    """A model of the class `kind`.
+
+    Weights that can't be read, or that lack something, which would be drawn at random, end the
+    program with one line.
+    """
     from safetensors import SafetensorError
 
     unreadable = (OSError, EOFError, ValueError, RuntimeError, ImportError)
     unreadable += (UnpicklingError, SafetensorError)
     try:
-        return kind.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        model, report = kind.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
     except unreadable as fault:
         job.damaged(path, fault, "if a run has made it, delete this folder and --resume the run")
+    lacking = sorted(report["missing_keys"])
+    if lacking:
+        job.die(
+            f"{path}: its weights lack {len(lacking)} of {type(model).__name__}'s, {lacking[0]} "
+            "the first: it is a model of another kind, or a part of one"
+        )
+    return model
 
 
 def load_lm(path: str, dtype: torch.dtype, device):
@@ -1179,8 +1234,9 @@ def read_verdict(text: str) -> str | None:
     return {"A": "A", "B": "B", "TIE": "tie"}[found.upper()] if found else None
 
 
-THOUGHT = re.compile(
-    r"[<\[](think|thinking|thought|reasoning)[>\]].*?([<\[]/\1[>\]]|$)", re.I | re.S
+THOUGHT = re.compile(r"[<\[](think|thinking|thought|reasoning)[>\]].*?[<\[]/\1[>\]]", re.I | re.S)
+OPEN_THOUGHT = re.compile(  # at the beginning, or behind a verdict
+    r"(?:\A|(?<=\]\]))\s*(?:<(?:think|thinking|thought|reasoning)>|\[think\]).*", re.I | re.S
 )
 END_OF_THOUGHT = re.compile(r"[<\[]/(?:think|thinking|thought|reasoning)[>\]]", re.I)
 
@@ -1188,16 +1244,17 @@ END_OF_THOUGHT = re.compile(r"[<\[]/(?:think|thinking|thought|reasoning)[>\]]", 
 def last_in_brackets(text: str, word: str, values: str, echo: str) -> str | None:
     """The value in double brackets that a judge's answer gives, or None.
 
-    The last one in the demanded form, WORD: [[value]], outranks bare brackets. What is thought does
-    not count, whether the block is closed or not, or was opened by the server. Where the question
-    is echoed, with `echo` in it, brackets alone may be anybody's.
+    The last one in the demanded form, WORD: [[value]], outranks bare brackets, which must agree.
+    What is thought does not count, whether the block is closed or not, or was opened by the server.
+    Where the question is echoed, with `echo` in it, brackets alone may be anybody's.
     """
-    said = END_OF_THOUGHT.split(THOUGHT.sub("", text))[-1]
+    said = END_OF_THOUGHT.split(OPEN_THOUGHT.sub("", THOUGHT.sub("", text)))[-1]
     brackets = rf"\[\[\s*({values})\s*\]\]"
     in_form = re.findall(rf"{word}[\s:*_]*{brackets}", said.replace(echo, ""), re.I)
     bare = [] if echo in said else re.findall(brackets, said, re.I)
-    found = in_form or bare
-    return found[-1] if found else None
+    if in_form:
+        return in_form[-1]
+    return bare[0] if len(set(bare)) == 1 else None
 
 
 def as_text(prompt: list[dict]) -> str:
@@ -1205,33 +1262,6 @@ def as_text(prompt: list[dict]) -> str:
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
-def quoted_ids(tok, messages: list[dict], add_generation_prompt: bool) -> list[int]:
-    """Ids of the chat template's rendering, in which the messages can't speak for the template.
-
-    The name of a special token in a message stays text: before the rendering it is exchanged for
-    a private character, and behind it for the ids of its letters.
-    """
-    names = [str(token) for token in tok.added_tokens_decoder.values() if token.special]
-    private = {name: chr(0xF0000 + i) for i, name in enumerate(names) if name}
-    longest_first = sorted(private, key=len, reverse=True)
-    quoted = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-    marked = []
-    for message in messages:
-        content = quoted.sub(lambda name: private[name[0]], message["content"])
-        marked.append({**message, "content": content})
-    text = render(tok, marked, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-    named = {character: name for name, character in private.items()}
-    ids = []
-    for piece in re.split("([\U000f0000-\U000fffff])", text):
-        if piece in named:
-            ids += text_ids(tok, named[piece])
-        elif piece:
-            ids += tok(piece, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 class Judge:
@@ -1379,6 +1409,7 @@ class RewardJudge(NumberJudge):
         self.path = spec.partition(":")[2]
         self.device, self.dtype, self.model = device, dtype, None
         self.tok, config = load_tokenizer(self.path)
+        self.key = [spec, weights_stamp(self.path)]
         self.context = context_of(config)
         if config.num_labels != 1:
             job.die(f"{spec}: a reward model has one output, this one has {config.num_labels}")
@@ -1394,7 +1425,7 @@ class RewardJudge(NumberJudge):
         if self.model is None:
             self.model = self.load()
         talk = [*prompt, {"role": "assistant", "content": text}]
-        ids = quoted_ids(self.tok, talk, add_generation_prompt=False)
+        ids = quoted_ids(self.tok, talk, waits=False)
         if len(ids) > self.context:
             return None
         input_ids = torch.tensor([ids], device=self.device)
@@ -1453,6 +1484,7 @@ class LocalJudge(TextJudge):
         self.path = spec.partition(":")[2]
         self.device, self.dtype, self.lm = device, dtype, None
         self.tok, config = load_tokenizer(self.path)
+        self.key = [*self.key, weights_stamp(self.path)]
         self.room = context_of(config) - self.max_new_tokens
 
     def encode(self, text: str) -> list[int]:
@@ -1475,8 +1507,7 @@ class LocalJudge(TextJudge):
         ids = []
         for question in questions:
             talk = [{"role": "user", "content": question}]
-            prompt = quoted_ids(self.tok, talk, add_generation_prompt=True)
-            ids.append(prompt + self.encode(opening))
+            ids.append(prompt_ids(self.tok, talk) + self.encode(opening))
 
         fit = [i for i in range(len(ids)) if len(ids[i]) <= self.room]
         order = sorted(fit, key=lambda i: len(ids[i]))
@@ -1602,7 +1633,7 @@ def endpoint(url: str | None = None) -> Endpoint:
 
     client = openai.OpenAI(
         base_url=url,
-        api_key=os.environ.get("OPENAI_API_KEY", "EMPTY"),
+        api_key=key or "EMPTY",
         max_retries=API_RETRIES,
         timeout=API_TIMEOUT,
     )

@@ -12,7 +12,9 @@ Answers are drawn from the model's own distribution (temperature 1, no top-k, no
 they are samples of pi(.|x). A row of the output is {"id", "prompt", "response", "meta": {"sample",
 "finish"}}, n rows a prompt in the prompts' order; finish is "stop" (the model ended by itself) or
 "length" (cut). Where the text alone would give other tokens than those that were sampled,
-meta.sampled_ids has these. What an endpoint refuses or leaves empty is left out and counted.
+meta.sampled_ids has these. What an endpoint refuses or leaves empty is left out and counted. A
+server may fill in what a request does not name, such as top-k: start vLLM with `--generation-config
+vllm`, and it samples from pi, too.
 
 Rows are kept in OUT.part* as batches finish; started again, a killed run does only what is missing
 and, batches and their seeds being fixed, gives the same file on any number of ranks.
@@ -71,8 +73,8 @@ class Config:
     temperature: float = 1.0  # 1 = the model's own distribution, 0 = greedy
     max_new_tokens: int = 512  # an answer of more tokens is cut
     limit: int | None = None  # use the first LIMIT rows
-    batch: int = 64  # answers sampled, or judged, at a time
-    seed: int = 0  # of the sampling
+    batch: int = 64  # answers sampled, or judged, at a time; another number draws other answers
+    seed: int = 0  # of the sampling, by a local model
     # auto = bfloat16 under CUDA, else float32
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # sample from this OpenAI-compatible server instead of a local model
@@ -89,8 +91,8 @@ class Config:
         job.check_not_negative(self, "temperature")
         if bool(self.pairs) != (self.judge not in (None, "none")):
             raise ValueError("--pairs and --judge go together")
-        if self.pairs and self.temperature == 0:
-            raise ValueError("--pairs needs answers that differ: --temperature must be above 0")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError("--samples needs answers that differ: --temperature must be above 0")
         if self.pairs and self.n < 2:
             raise ValueError("--pairs needs at least two answers a prompt: --samples 5")
         if Path(self.out).resolve() == Path(self.data).resolve():

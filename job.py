@@ -526,6 +526,8 @@ def phase(
         done = read_parts(path, stamp)
         barrier()  # no rank writes before all have read
         missing = [number for number in range(len(batches)) if number not in done]
+        if key:
+            missing.reverse()  # the longest first: one too large for the memory fails at once
         mine = missing[rank() :: world_size()]
 
         # 3. the work, batch by batch

@@ -1329,6 +1329,12 @@ def test_an_output_file_is_not_that_of_the_pairs(refused, bare, tmp_path):
     assert not out.exists()
 
 
+def test_samples_that_would_all_be_the_same_are_refused(refused, bare, tmp_path):
+    """At temperature 0."""
+    flags = generate_flags(bare, tmp_path / "o.jsonl", samples=2, temperature=0)
+    has(refused(generate, *flags), "--samples needs answers that differ")
+
+
 def test_an_output_file_is_not_that_of_the_prompts(refused, bare, tmp_path):
     """It would be taken for answers, which the next message says to delete."""
     flags = generate_flags(
@@ -1702,7 +1708,7 @@ def test_many_rows_of_one_id_are_quick(tmp_path):
 @pytest.mark.parametrize(
     "template, words",
     [
-        ("{{ 1 / 0 }}", "refuses a prompt of ['user']: division by zero"),
+        ("{{ 1 / 0 }}", "refuses a prompt of ['user'] that ends in 'abc': division by zero"),
         ("{{ messages[7]['content'] + 1 }}", "refuses a prompt of ['user']"),
         ("", "renders nothing of a prompt that is plain text"),
     ],

@@ -766,6 +766,19 @@ def test_a_damaged_part_costs_its_batch_only(tmp_path):
 # ---------------------------------------------------------------- files
 
 
+def test_the_longest_items_of_a_phase_come_first_and_their_rows_in_order(tmp_path):
+    """A batch that is too large for the memory is not the last one, after hours."""
+    seen = []
+
+    def work(items, number):
+        seen.append((number, items))
+        return [{"x": item} for item in items]
+
+    rows = job.phase(tmp_path / "o.jsonl", [3, 1, 5, 2, 4], work, 2, key=lambda item: item)
+    assert seen == [(2, [5]), (1, [3, 4]), (0, [1, 2])]
+    assert [row["x"] for row in rows] == [3, 1, 5, 2, 4]
+
+
 def test_only_the_ranks_parts_are_parts(tmp_path):
     """What else begins with the file's name is somebody's own."""
     mine = [tmp_path / "o.jsonl.partial", tmp_path / "o.jsonl.part"]
