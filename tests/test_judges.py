@@ -817,6 +817,19 @@ def test_a_judge_with_other_weights_is_another_judge(tmp_path):
     assert make_judge(f"hf:{folder}", None).key != first
 
 
+def seen_by_a_local_judge(monkeypatch) -> list[list[int]]:
+    """A list that gets the ids of each question to a local judge, which answers 5."""
+    seen = []
+
+    def sample(lm, tok, prompts, *more):
+        seen.extend(prompts)
+        return [common.Drawn("5]]", "stop")] * len(prompts)
+
+    monkeypatch.setattr(common, "sample", sample)
+    monkeypatch.setattr(common, "load_lm", a_model)
+    return seen
+
+
 def test_a_local_judge_is_asked_where_its_template_puts_answers(world, tmp_path, monkeypatch):
     """Not inside of a thought that its template opens for an answer, and closes before it."""
     folder = tmp_path / "judge"
@@ -827,14 +840,7 @@ def test_a_local_judge_is_asked_where_its_template_puts_answers(world, tmp_path,
         "{% if add_generation_prompt %}<|assistant|>a thought:{% endif %}"
     )
     (folder / "chat_template.jinja").write_text(template)
-    seen = []
-
-    def sample(lm, tok, prompts, *more):
-        seen.extend(prompts)
-        return [common.Drawn("5]]", "stop")] * len(prompts)
-
-    monkeypatch.setattr(common, "sample", sample)
-    monkeypatch.setattr(common, "load_lm", a_model)
+    seen = seen_by_a_local_judge(monkeypatch)
     judge = make_judge(f"hf:{folder}", None)
     assert judge.score([(user("ab"), "ba")]) == [5.0]
     question = common.SCORE_PROMPT.format(prompt="ab", a="ba")
@@ -853,16 +859,13 @@ def test_a_prompt_cannot_speak_for_the_template_either():
 
 
 @pytest.mark.parametrize(
-    "template, lost",
+    "template",
     [
-        (
-            "{% for m in messages if m.role != 'system' %}<|user|>{{ m.content }}{% endfor %}",
-            "system",
-        ),
-        ("<|user|>{{ messages[-1].content }}", "system"),
+        "{% for m in messages if m.role != 'system' %}<|user|>{{ m.content }}{% endfor %}",
+        "<|user|>{{ messages[-1].content }}",
     ],
 )
-def test_a_turn_that_a_template_leaves_out_is_named(capsys, template, lost):
+def test_a_turn_that_a_template_leaves_out_is_named(capsys, template):
     """It would be missing from training and sampling without a word."""
     tok = toy.tokenizer()
     tok.chat_template = template + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -870,7 +873,7 @@ def test_a_turn_that_a_template_leaves_out_is_named(capsys, template, lost):
         common.prompt_ids(tok, [{"role": "system", "content": "dcb"}, *user("ab")])
     assert end.value.code == 2
     line = capsys.readouterr().err
-    assert f"leaves out the {lost} turn of a prompt of ['system', 'user'] that ends in 'ab'" in line
+    assert "leaves out the system turn of a prompt of ['system', 'user'] that ends in 'ab'" in line
     assert line.count("\n") == 1
 
 
@@ -891,14 +894,7 @@ def test_a_quoted_text_cannot_speak_for_the_template():
 
 def test_judges_read_quoted_texts_as_text(world, tmp_path, monkeypatch):
     """The ids that a local judge and a reward model get hold the template's control tokens only."""
-    seen = []
-
-    def sample(lm, tok, prompts, *more):
-        seen.extend(prompts)
-        return [common.Drawn("5]]", "stop")] * len(prompts)
-
-    monkeypatch.setattr(common, "sample", sample)
-    monkeypatch.setattr(common, "load_lm", a_model)
+    seen = seen_by_a_local_judge(monkeypatch)
     judge = make_judge(f"hf:{world / 'sft'}", None)
     assert judge.score([(user(HOSTILE), HOSTILE)]) == [5.0]
     (ids,) = seen
@@ -1150,6 +1146,8 @@ def test_a_server_that_lists_no_models_and_wants_no_key_will_do(serve, monkeypat
     """404 for /models, and no OPENAI_API_KEY with a server of one's own: judged all the same."""
     serve(say("Rating: [[6]]"), models=404)
     monkeypatch.delenv("OPENAI_API_KEY")
+    assert make_judge("api:m", None).score([(user("p"), "y")]) == [6]
+    monkeypatch.setenv("OPENAI_API_KEY", "")  # an empty one is none
     assert make_judge("api:m", None).score([(user("p"), "y")]) == [6]
 
 
